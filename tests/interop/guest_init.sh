@@ -1,0 +1,30 @@
+#!/bin/sh
+# First program of the guest: brings up the virtio devices, then obeys the test over a virtio-serial port.
+# A request is one line "ID SECONDS BASE64-OF-A-SHELL-SCRIPT", its answer one line "ID EXIT-CODE BASE64-OF-THE-OUTPUT".
+export PATH=/bin:/sbin HOME=/tmp
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /tmp /var/run
+for module in virtio_pci virtio_console virtio_net; do
+    modprobe "$module" || echo "init: no module $module" >/dev/console
+done
+ip link set lo up
+# The device appears a moment after its driver, since the port is announced by a message.
+port=
+for attempt in $(seq 100); do
+    for entry in /sys/class/virtio-ports/*; do
+        [ "$(cat "$entry/name" 2>/dev/null)" = vq ] && port=/dev/${entry##*/}
+    done
+    [ -n "$port" ] && [ -c "$port" ] && break
+    usleep 20000
+done
+exec 3<>"$port" || { echo "init: no command port" >/dev/console; poweroff -f; }
+echo "ready $(cut -d' ' -f1 /proc/uptime)" >&3
+while true; do
+    read -r id seconds text <&3 || { usleep 50000; continue; }
+    echo "$text" | base64 -d >/tmp/.command
+    timeout -s KILL "$seconds" sh /tmp/.command >/tmp/.output 2>&1 </dev/null 3>&-
+    code=$?
+    printf '%s %s %s\n' "$id" "$code" "$(base64 -w 0 /tmp/.output)" >&3
+done

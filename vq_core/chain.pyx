@@ -1,0 +1,82 @@
+"""The steps of the chain cursor."""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef inline int _broken(chain_t* chain, uint32_t cause) noexcept nogil:
+    chain.broken = cause
+    chain.more = False
+    return -1
+
+
+cdef inline bint _read(chain_t* chain, queue_t* queue, virtq_desc_t* copy) noexcept nogil:
+    """Copy the descriptor at chain.next; False if an indirect table is not in memory."""
+    cdef uint8_t* host
+    cdef uint8_t* to = <uint8_t*>copy
+    cdef uint64_t part
+    cdef uint64_t rest = sizeof(virtq_desc_t)
+    cdef gpa_t addr
+    if chain.table_count == 0:
+        split_descriptor(&queue.ring, <uint16_t>chain.next, copy)
+        return True
+    # table + 16 * table_count does not overflow: checked by _enter_table.
+    addr = chain.table + chain.next * <uint64_t>sizeof(virtq_desc_t)
+    host = memory_translate(queue.memory, &queue.hint, addr, sizeof(virtq_desc_t))
+    if host != NULL:
+        vq_snapshot16(copy, host)
+        return True
+    while rest > 0:              # a descriptor that spans two regions: byte by byte, each once
+        host = memory_translate_part(queue.memory, &queue.hint, addr, 1, &part)
+        if host == NULL:
+            return False
+        to[0] = (<const volatile uint8_t*>host)[0]
+        to += 1
+        addr += 1
+        rest -= 1
+    return True
+
+
+cdef inline int _enter_table(chain_t* chain, queue_t* queue, virtq_desc_t* copy) noexcept nogil:
+    """Turn to the indirect table that `copy` names (2.7.5.3)."""
+    if chain.table_count != 0 or copy.flags & VIRTQ_DESC_F_NEXT:
+        return _broken(chain, BROKEN_INDIRECT)
+    if copy.len == 0 or copy.len % sizeof(virtq_desc_t) or copy.len // sizeof(virtq_desc_t) > queue.indirect_limit:
+        return _broken(chain, BROKEN_INDIRECT)
+    if copy.addr + copy.len < copy.addr:
+        return _broken(chain, BROKEN_ADDRESS)
+    chain.table = copy.addr
+    chain.table_count = copy.len // sizeof(virtq_desc_t)
+    chain.next = 0
+    chain.budget = chain.table_count
+    return 0
+
+
+cdef int chain_next(chain_t* chain, queue_t* queue, virtq_desc_t* copy) noexcept nogil:
+    cdef uint32_t count
+    while chain.more:
+        if chain.budget == 0:
+            return _broken(chain, BROKEN_LOOP)
+        chain.budget -= 1
+        if not _read(chain, queue, copy):
+            return _broken(chain, BROKEN_ADDRESS)
+        if copy.flags & VIRTQ_DESC_F_INDIRECT:
+            # Accepted without VIRTIO_F_INDIRECT_DESC too: Windows drivers have sent it so.
+            if _enter_table(chain, queue, copy) < 0:
+                return -1
+            continue
+        if copy.flags & VIRTQ_DESC_F_NEXT:
+            count = chain.table_count if chain.table_count != 0 else queue.ring.num
+            if copy.next >= count:
+                return _broken(chain, BROKEN_NEXT)
+            chain.next = copy.next
+        else:
+            chain.more = False
+        if copy.flags & VIRTQ_DESC_F_WRITE:
+            chain.writable = True
+        elif chain.writable:
+            return _broken(chain, BROKEN_ORDER)
+        chain.total += copy.len
+        if chain.total >> 32:
+            return _broken(chain, BROKEN_LENGTH)
+        if copy.len > 0:
+            return 1
+    return 0

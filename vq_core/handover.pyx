@@ -1,0 +1,98 @@
+"""Handing over by publication: the cold side."""
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
+from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_pause, vq_store_release_u32
+from vq_core.notify cimport notify_signal
+
+import os
+import threading
+
+cdef extern from "<sched.h>" nogil:
+    int c_sched_yield "sched_yield"() noexcept
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int c_clock_gettime "clock_gettime"(int clock, timespec* now) noexcept
+    int c_nanosleep "nanosleep"(const timespec* wanted, timespec* rest) noexcept
+    int CLOCK_MONOTONIC
+
+cdef enum:
+    SPINS = 2000                 # about 50 microseconds: a worker that polls passes a boundary by then
+    PATIENCE_S = 10              # a worker that has not passed a boundary by then is stuck
+
+
+cdef void mailbox_drain(mailbox_t* mailbox) noexcept nogil:
+    # Two may come here at once: a worker at its end, and a poster that saw it end.
+    while vq_exchange_u32(&mailbox.draining, 1) != 0:
+        vq_pause()
+    # Acquire: pairs with the release of `posted`; the command stands before it.
+    if vq_load_acquire_u32(&mailbox.posted) != mailbox.done:
+        mailbox.run(mailbox.target, mailbox.argument)
+        # Release: pairs with the poster's acquire; all effects stand before it.
+        vq_store_release_u32(&mailbox.done, mailbox.done + 1)
+    vq_store_release_u32(&mailbox.draining, 0)
+
+
+cdef bint _finished(mailbox_t* mailbox, uint32_t ticket) noexcept nogil:
+    return vq_load_acquire_u32(&mailbox.done) == ticket
+
+
+cdef int _wait(mailbox_t* mailbox, uint32_t ticket) noexcept nogil:
+    """Wait until command `ticket` is done; -1 if the worker is stuck."""
+    cdef timespec start, now, pause
+    cdef int spins = 0
+    pause.tv_sec = 0
+    pause.tv_nsec = 50000
+    c_clock_gettime(CLOCK_MONOTONIC, &start)
+    while not _finished(mailbox, ticket):
+        if vq_load_acquire_u32(&mailbox.running) == 0:
+            mailbox_drain(mailbox)
+            continue
+        spins += 1
+        if spins < SPINS:
+            vq_pause()
+            continue
+        c_nanosleep(&pause, NULL)     # the worker may need our core to get to its boundary
+        c_clock_gettime(CLOCK_MONOTONIC, &now)
+        if now.tv_sec - start.tv_sec > PATIENCE_S:
+            return -1
+    return 0
+
+
+cdef class Mailbox:
+    """The way to a worker: one command at a time, executed at a burst boundary."""
+
+    def __cinit__(self):
+        memset(&self.box, 0, sizeof(mailbox_t))
+        self.box.epoll_fd = -1
+        self.box.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+
+    def __dealloc__(self):
+        if self.box.event_fd >= 0:
+            os.close(self.box.event_fd)
+
+
+cdef int handover_run(Mailbox mailbox, command_run_t run, void* target, void* argument) except -1:
+    cdef mailbox_t* box
+    cdef int status
+    if mailbox is None:
+        with nogil:
+            run(target, argument)
+        return 0
+    box = &mailbox.box
+    with mailbox._lock:
+        box.run = run
+        box.target = target
+        box.argument = argument
+        # Release: pairs with the acquire in mailbox_drain.
+        vq_store_release_u32(&box.posted, box.posted + 1)
+        with nogil:
+            notify_signal(box.event_fd)
+            status = _wait(box, box.posted)
+    if status != 0:
+        raise RuntimeError(f"a worker has not passed a burst boundary for {PATIENCE_S} s; a program or port blocks it")
+    return 0

@@ -1,0 +1,86 @@
+"""The base of all ports: their endpoints and who owns them."""
+from libc.stdlib cimport calloc, free
+from vq_core.counters cimport counters_snapshot, counters_t
+
+
+cdef class Port:
+    """A port: a name and one endpoint for each queue pair.
+
+    Attributes
+    ----------
+    name : str
+    endpoint_count : int
+    mailboxes : list of (Mailbox or None)
+        The mailbox of the worker that owns each endpoint.
+
+    Notes
+    -----
+    Threading: created and destroyed by the control thread; an endpoint is used by one worker at a time.
+    """
+
+    #: What people call the two directions: (pushed, pulled).
+    directions = ("to_port", "from_port")
+
+    cdef int allocate(self, int count) except -1:
+        """Make `count` zeroed endpoints with counters of their own; for subclasses' constructors."""
+        cdef int i
+        cdef counters_t* counters
+        self.endpoints = <endpoint_t**>calloc(count, sizeof(endpoint_t*))
+        if self.endpoints == NULL:
+            raise MemoryError("endpoints")
+        self.endpoint_count = count
+        self.mailboxes = [None] * count
+        for i in range(count):
+            self.endpoints[i] = <endpoint_t*>calloc(1, sizeof(endpoint_t))
+            counters = <counters_t*>calloc(2, sizeof(counters_t))
+            if self.endpoints[i] == NULL or counters == NULL:
+                free(counters)
+                raise MemoryError("endpoints")
+            self.endpoints[i].pulled = counters
+            self.endpoints[i].pushed = counters + 1
+        return 0
+
+    cdef int adopt(self, int index, object mailbox) except -1:
+        """Note that endpoint `index` belongs to the worker of `mailbox` from here on (None: to nobody).
+
+        Called while no worker uses the endpoint; subclasses hand it on to what they own.
+        """
+        self.mailboxes[index] = mailbox
+        return 0
+
+    def __dealloc__(self):
+        cdef int i
+        if self.endpoints != NULL:
+            for i in range(self.endpoint_count):
+                if self.endpoints[i] != NULL:
+                    free(self.endpoints[i].pulled)
+                    free(self.endpoints[i])
+            free(self.endpoints)
+
+    def snapshot(self):
+        """Counters since start.
+
+        Returns
+        -------
+        dict
+            ``{to: {"packets", "bytes", "dropped"}, from: {...}}`` under the names of `directions`.
+        """
+        return {self.directions[0]: self._sum(True), self.directions[1]: self._sum(False)}
+
+    def endpoint_snapshot(self, int index):
+        """The same for one endpoint (queue pair)."""
+        if not 0 <= index < self.endpoint_count:
+            raise IndexError(f"{self.name}: endpoint {index} of {self.endpoint_count}")
+        cdef endpoint_t* endpoint = self.endpoints[index]
+        return {self.directions[0]: counters_snapshot(endpoint.pushed), self.directions[1]: counters_snapshot(endpoint.pulled)}
+
+    def _sum(self, bint pushed):
+        cdef int i
+        total = {"packets": 0, "bytes": 0, "dropped": {}}
+        for i in range(self.endpoint_count):
+            part = counters_snapshot(self.endpoints[i].pushed if pushed else self.endpoints[i].pulled)
+            total["packets"] += part["packets"]
+            total["bytes"] += part["bytes"]
+            for cause, count in part["dropped"].items():
+                total["dropped"][cause] = total["dropped"].get(cause, 0) + count
+        return total

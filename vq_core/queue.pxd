@@ -1,0 +1,120 @@
+"""One virtqueue: ring, memory, dirty log, notification, counters, broken cause.
+
+A queue_t belongs to one worker at a time (or to nobody, then to the control thread). The control
+thread changes it only by `handover_run`: it fills a queue_change_t, and the worker copies the
+fields over at its next burst boundary (`queue_apply`).
+
+Life of a ring (vhost-user "Ring states"): two flags, started and enabled. `live` sums up what the
+hot path asks: started, enabled and not broken. A guest that breaks its ring makes the queue
+*broken*: sticky until the ring is stopped; the err eventfd is signalled once and the control
+thread is told by `report_fd`. Everyone else's traffic goes on.
+"""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from vq_core.arch cimport vq_store_release_u32
+from vq_core.counters cimport counters_t
+from vq_core.dirty cimport DirtyLog, dirty_mark, dirty_t
+from vq_core.handover cimport Mailbox, mailbox_t
+from vq_core.memory cimport MemoryMap, memory_t, region_t
+from vq_core.notify cimport notify_signal
+from vq_core.split cimport split_needs_call, split_publish, split_t
+from vq_core.virtio cimport gpa_t, uva_t
+
+# Why a queue broke. Texts and spec sections: BROKEN_CAUSES in queue.pyx, in this order.
+cdef enum:
+    BROKEN_NOT = 0
+    BROKEN_AVAIL_IDX = 1         # available index more than num ahead
+    BROKEN_HEAD = 2              # head outside the descriptor table
+    BROKEN_NEXT = 3              # next outside the descriptor table
+    BROKEN_LOOP = 4              # more descriptors than a chain may have
+    BROKEN_INDIRECT = 5          # malformed indirect descriptor
+    BROKEN_ORDER = 6             # device-readable after device-writable
+    BROKEN_LENGTH = 7            # chain of 2^32 bytes or more
+    BROKEN_ADDRESS = 8           # address outside the guest's memory
+    BROKEN_MEMORY_LOST = 9       # the owner truncated the memory under us
+    BROKEN_DIRECTION = 10        # no device-readable (transmitq) or no device-writable (receiveq) descriptor
+
+cdef struct queue_t:
+    split_t ring
+    memory_t* memory
+    region_t* hint               # last region hit; never NULL while started
+    dirty_t* log                 # NULL: LOG_ALL is off
+    bint live                    # started and enabled and not broken
+    bint started
+    bint enabled
+    bint log_ring                # VRING_F_LOG: used ring stores are logged at log_guest_addr
+    gpa_t log_guest_addr
+    uint64_t features            # as negotiated
+    uint32_t indirect_limit      # most descriptors of an indirect table
+    int call_fd                  # -1: the driver polls
+    int kick_fd
+    int err_fd
+    int report_fd                # the control thread's eventfd; -1: nobody listens
+    int epoll_fd                 # the worker's, where kick_fd is watched; -1: no worker
+    uint32_t broken              # one of BROKEN_*
+    uint32_t broken_at           # the head (or available index) in question
+    uint32_t reported            # broken was told to the control thread
+    uint64_t calls               # notifications sent
+    uint64_t calls_suppressed    # and those that the driver did not want
+    counters_t counters
+
+cdef inline void queue_publish(queue_t* queue, uint16_t position) noexcept nogil:
+    """Expose the used elements before `position`, after logging what the stores changed."""
+    if queue.log != NULL and queue.log_ring:
+        queue_log_used(queue, position)
+    split_publish(&queue.ring, position)
+
+cdef inline void queue_log_used(queue_t* queue, uint16_t position) noexcept nogil:
+    cdef uint16_t slot = queue.ring.shadow_used_idx
+    while slot != position:
+        dirty_mark(queue.log, queue.log_guest_addr + 4 + 8 * <uint64_t>(slot & queue.ring.mask), 8)
+        slot += 1
+    dirty_mark(queue.log, queue.log_guest_addr, 4)
+
+cdef inline void queue_flush(queue_t* queue) noexcept nogil:
+    """Call the driver if it wants to know of what was published since the last flush."""
+    if queue.ring.shadow_used_idx == queue.ring.signalled_used_idx and queue.ring.signalled_valid:
+        return
+    if split_needs_call(&queue.ring):
+        queue.calls += 1
+        notify_signal(queue.call_fd)
+    else:
+        queue.calls_suppressed += 1
+
+cdef inline void queue_break(queue_t* queue, uint32_t cause, uint32_t head) noexcept nogil:
+    """Stop the queue for good (until its ring is stopped): bad input of the guest."""
+    if queue.broken == BROKEN_NOT:
+        queue.live = False
+        queue.broken_at = head
+        vq_store_release_u32(&queue.broken, cause)   # pairs with the acquire in Queue.poll_report
+        notify_signal(queue.err_fd)
+        notify_signal(queue.report_fd)
+
+# What the control thread wants changed; applied at a burst boundary.
+cdef enum:
+    CHANGE_START = 1             # ring, indices, memory, log, features, fds
+    CHANGE_STOP = 2
+    CHANGE_ENABLED = 4
+    CHANGE_KICK = 8
+    CHANGE_CALL = 16
+    CHANGE_ERR = 32
+    CHANGE_MEMORY = 64           # memory and ring pointers; indices stay
+    CHANGE_LOG = 128             # log, log_ring, log_guest_addr
+    CHANGE_EPOLL = 256
+
+cdef struct queue_change_t:
+    uint32_t what                # CHANGE_* bits
+    queue_t wanted               # the fields that `what` names
+
+cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil
+
+cdef class Queue:
+    cdef queue_t queue
+    cdef readonly int index
+    cdef readonly str name
+    cdef Mailbox mailbox         # of the owning worker; None: nobody
+    cdef MemoryMap _memory       # held while started, so that `queue.memory` lives
+    cdef DirtyLog _log
+    cdef tuple _addresses        # (desc, avail, used), user addresses, while started
+
+    cdef int _change(self, queue_change_t* change) except -1
+    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses, uint64_t features) except -1

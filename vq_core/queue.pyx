@@ -1,0 +1,347 @@
+"""Virtqueues as the control plane sees them: start, stop, change, report."""
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
+from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_load_u16, vq_load_u64, vq_store_u64
+from vq_core.counters cimport counters_snapshot
+from vq_core.dirty cimport DirtyLog
+from vq_core.handover cimport Mailbox, handover_run
+from vq_core.memory cimport MemoryMap, memory_user_translate
+from vq_core.notify cimport notify_signal
+from vq_core.virtio cimport (VIRTIO_F_EVENT_IDX, VIRTQ_SIZE_MAX, gpa_t, has_feature, virtio_net_hdr_t, virtq_avail_t,
+                             virtq_desc_t, virtq_used_elem_t, virtq_used_t)
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept
+    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
+    uint32_t EPOLLET
+
+# Text and section of each BROKEN_* cause, in their order.
+BROKEN_CAUSES = (
+    ("not broken", ""),
+    ("available index more than queue_size ahead", "VIRTIO 1.3, 2.7.13.3"),
+    ("head outside queue_size", "VIRTIO 1.3, 2.7.6"),
+    ("next outside the descriptor table", "VIRTIO 1.3, 2.7.5"),
+    ("more descriptors than a chain may have", "VIRTIO 1.3, 2.7.5"),
+    ("malformed indirect descriptor", "VIRTIO 1.3, 2.7.5.3"),
+    ("device-readable descriptor after a device-writable one", "VIRTIO 1.3, 2.7.4.2"),
+    ("descriptor chain of 2^32 bytes or more", "VIRTIO 1.3, 2.7.5"),
+    ("address outside the guest's memory", "VIRTIO 1.3, 2.7.5"),
+    ("guest memory was truncated by its owner", "vhost-user, SET_MEM_TABLE"),
+    ("descriptor chain without a buffer in the direction of the queue", "VIRTIO 1.3, 5.1.6"),
+)
+
+if (sizeof(virtq_desc_t), sizeof(virtq_used_elem_t), sizeof(virtio_net_hdr_t)) != (16, 8, 12):
+    raise ImportError("this compiler lays the structures of the specification out differently")
+
+
+cdef void _watch(int epoll_fd, int operation, int fd) noexcept nogil:
+    cdef epoll_event event
+    if epoll_fd >= 0 and fd >= 0:
+        # Edge-triggered and never read: each kick is one edge, and a closed peer is one as well.
+        event.events = EPOLLIN | EPOLLET
+        event.data.u64 = 0
+        epoll_ctl(epoll_fd, operation, fd, &event)
+
+
+cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
+    """Take over what the control thread wants; runs at a burst boundary of the owner."""
+    cdef queue_t* wanted = &change.wanted
+    cdef uint32_t what = change.what
+    if what & (CHANGE_KICK | CHANGE_START | CHANGE_EPOLL):
+        _watch(queue.epoll_fd, EPOLL_CTL_DEL, queue.kick_fd)
+        if what & (CHANGE_KICK | CHANGE_START):
+            queue.kick_fd = wanted.kick_fd
+        if what & CHANGE_EPOLL:
+            queue.epoll_fd = wanted.epoll_fd
+        _watch(queue.epoll_fd, EPOLL_CTL_ADD, queue.kick_fd)
+    if what & (CHANGE_CALL | CHANGE_START):
+        queue.call_fd = wanted.call_fd
+    if what & (CHANGE_ERR | CHANGE_START):
+        queue.err_fd = wanted.err_fd
+    if what & (CHANGE_LOG | CHANGE_START):
+        queue.log = wanted.log
+        queue.log_ring = wanted.log_ring
+        queue.log_guest_addr = wanted.log_guest_addr
+    if what & CHANGE_START:
+        queue.ring = wanted.ring
+        queue.memory = wanted.memory
+        queue.hint = wanted.hint
+        queue.features = wanted.features
+        queue.indirect_limit = wanted.indirect_limit
+        queue.broken = BROKEN_NOT
+        queue.reported = 0
+        queue.started = True
+    if what & CHANGE_MEMORY:
+        queue.ring.desc = wanted.ring.desc
+        queue.ring.avail = wanted.ring.avail
+        queue.ring.used = wanted.ring.used
+        queue.memory = wanted.memory
+        queue.hint = wanted.hint
+    if what & CHANGE_ENABLED:
+        queue.enabled = wanted.enabled
+    if what & CHANGE_STOP:
+        _watch(queue.epoll_fd, EPOLL_CTL_DEL, queue.kick_fd)
+        queue.started = False
+        queue.kick_fd = queue.call_fd = -1
+        queue.memory = NULL
+        queue.hint = NULL
+        queue.log = NULL
+        queue.ring.desc = NULL
+        queue.ring.avail = NULL
+        queue.ring.used = NULL
+    queue.live = queue.started and queue.enabled and queue.broken == BROKEN_NOT
+
+
+cdef void _run_change(void* target, void* argument) noexcept nogil:
+    queue_apply(<queue_t*>target, <queue_change_t*>argument)
+
+
+cdef int _fd(object fd) except -2:
+    return -1 if fd is None else fd
+
+
+cdef class Queue:
+    """One virtqueue of a device, as the control plane handles it.
+
+    Parameters
+    ----------
+    index : int
+        Index among the device's virtqueues.
+    name : str
+        Name for people, for instance ``"receiveq0"``.
+    report_fd : int, optional
+        Eventfd that is signalled when the queue breaks; see `poll_report`.
+
+    Notes
+    -----
+    Threading: methods are for the control thread. Each returns when the owning worker has obeyed, so
+    that what it replaced (map, log, descriptor) is free. Descriptors stay the caller's and must stay
+    open until they are replaced or the ring is stopped.
+    Spec: vhost-user "Ring states", VIRTIO 1.3, 2.7.
+    """
+
+    def __cinit__(self, int index, str name, report_fd=None):
+        memset(&self.queue, 0, sizeof(queue_t))
+        self.index = index
+        self.name = name
+        self.queue.kick_fd = self.queue.call_fd = self.queue.err_fd = self.queue.epoll_fd = -1
+        self.queue.report_fd = _fd(report_fd)
+
+    cdef int _change(self, queue_change_t* change) except -1:
+        handover_run(self.mailbox, _run_change, &self.queue, change)
+        return 0
+
+    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses, uint64_t features) except -1:
+        """Fill in the pointers of ring and memory; ValueError if a part does not lie in one region."""
+        cdef uint64_t event_bytes = 2        # the event fields are always there in drivers of 1.0 and later, but ...
+        cdef gpa_t ignored
+        if not has_feature(features, VIRTIO_F_EVENT_IDX):
+            event_bytes = 0                  # ... a legal ring may end without them when they are not negotiated
+        parts = (("descriptor table", addresses[0], 16, 16 * num),
+                 ("available ring", addresses[1], 2, 4 + 2 * num + event_bytes),
+                 ("used ring", addresses[2], 4, 4 + 8 * num + event_bytes))
+        pointers = []
+        for part, address, alignment, length in parts:
+            found = <uintptr_t>memory_user_translate(&memory.memory, address, length, &ignored)
+            if not found:
+                raise ValueError(f"queue {self.index}: {part} at {address:#x} ({length} bytes) does not lie in one memory region")
+            if address % alignment or found % alignment:
+                raise ValueError(f"queue {self.index}: {part} at {address:#x} is not aligned to {alignment} bytes")
+            pointers.append(found)
+        change.wanted.ring.desc = <virtq_desc_t*><uintptr_t>pointers[0]
+        change.wanted.ring.avail = <virtq_avail_t*><uintptr_t>pointers[1]
+        change.wanted.ring.used = <virtq_used_t*><uintptr_t>pointers[2]
+        change.wanted.memory = &memory.memory
+        change.wanted.hint = memory.memory.regions
+        return 0
+
+    def start(self, MemoryMap memory not None, int num, int desc, int avail, int used, int base, uint64_t features, *,
+              kick_fd=None, call_fd=None, err_fd=None, bint enabled=False, DirtyLog log=None, log_guest_addr=None,
+              bint in_order=True):
+        """Start the ring.
+
+        Parameters
+        ----------
+        memory : MemoryMap
+        num : int
+            Ring size in entries, a power of two, 1 to 32768.
+        desc, avail, used : int
+            Front-end user addresses of the three parts.
+        base : int
+            Next available entry (bits 0 to 15 count).
+        features : int
+            Negotiated virtio features.
+        kick_fd, call_fd, err_fd : int, optional
+            Descriptors, O_NONBLOCK; None: the peer polls, or nobody listens.
+        enabled : bool
+        log : DirtyLog, optional
+            Where written pages are marked; None: no logging.
+        log_guest_addr : int, optional
+            Where used ring stores are logged; None: VRING_F_LOG is not set.
+        in_order : bool
+            The device completes in order and has no in-flight region: resume at the used index that stands in
+            memory when it differs from `base`, since the requests between were lost in a crash (protocol 6.3).
+
+        Raises
+        ------
+        ValueError
+            Size, alignment or placement of a part is wrong.
+        """
+        cdef queue_change_t change
+        cdef uint16_t position
+        if not 1 <= num <= VIRTQ_SIZE_MAX or num & (num - 1):
+            raise ValueError(f"queue {self.index}: size {num} is not a power of two from 1 to {VIRTQ_SIZE_MAX}")
+        if self.queue.started:
+            raise ValueError(f"queue {self.index} is started; stop it first")
+        memset(&change, 0, sizeof(change))
+        self._resolve(&change, memory, num, (desc, avail, used), features)
+        position = vq_load_u16(&change.wanted.ring.used.idx)      # read once; ours from here on
+        change.what = CHANGE_START | CHANGE_ENABLED
+        change.wanted.ring.num = num
+        change.wanted.ring.mask = num - 1
+        change.wanted.ring.last_avail_idx = position if in_order else <uint16_t>base
+        change.wanted.ring.shadow_avail_idx = change.wanted.ring.last_avail_idx
+        change.wanted.ring.next_used_idx = position
+        change.wanted.ring.shadow_used_idx = position
+        change.wanted.ring.signalled_used_idx = position
+        change.wanted.ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
+        change.wanted.features = features
+        change.wanted.indirect_limit = max(num, 1024)
+        change.wanted.enabled = enabled
+        self._fill_log(<uintptr_t>&change, log, log_guest_addr)
+        change.wanted.kick_fd = _fd(kick_fd)
+        change.wanted.call_fd = _fd(call_fd)
+        change.wanted.err_fd = _fd(err_fd)
+        self._change(&change)
+        self._memory = memory
+        self._log = log
+        self._addresses = (desc, avail, used)
+
+    def stop(self):
+        """Stop the ring and return the base to answer: the next available entry, 0 to 65535.
+
+        Everything taken is published and released when this returns. The enabled flag stays.
+        Stopping a stopped ring answers its last position.
+        """
+        cdef queue_change_t change
+        memset(&change, 0, sizeof(change))
+        change.what = CHANGE_STOP
+        self._change(&change)
+        self._memory = None
+        self._log = None
+        self._addresses = None
+        return self.queue.ring.last_avail_idx
+
+    def set_enabled(self, bint enabled):
+        """Enable or disable the ring; remembered while it is stopped."""
+        cdef queue_change_t change
+        memset(&change, 0, sizeof(change))
+        change.what = CHANGE_ENABLED
+        change.wanted.enabled = enabled
+        self._change(&change)
+
+    def set_kick(self, fd):
+        """Replace the kick descriptor (None: the driver does not kick)."""
+        cdef queue_change_t change
+        memset(&change, 0, sizeof(change))
+        change.what = CHANGE_KICK
+        change.wanted.kick_fd = _fd(fd)
+        self._change(&change)
+
+    def set_call(self, fd):
+        """Replace the call descriptor and signal it once, so that no call is lost in between."""
+        cdef queue_change_t change
+        memset(&change, 0, sizeof(change))
+        change.what = CHANGE_CALL
+        change.wanted.call_fd = _fd(fd)
+        self._change(&change)
+        if self.queue.started:
+            notify_signal(change.wanted.call_fd)
+
+    def set_err(self, fd):
+        """Replace the err descriptor."""
+        cdef queue_change_t change
+        memset(&change, 0, sizeof(change))
+        change.what = CHANGE_ERR
+        change.wanted.err_fd = _fd(fd)
+        self._change(&change)
+
+    def set_memory(self, MemoryMap memory not None):
+        """Move a started ring to a new memory map, keeping its indices.
+
+        Raises ValueError, and changes nothing, if the ring does not lie in the new map.
+        """
+        cdef queue_change_t change
+        if not self.queue.started:
+            return
+        memset(&change, 0, sizeof(change))
+        self._resolve(&change, memory, self.queue.ring.num, self._addresses, self.queue.features)
+        change.what = CHANGE_MEMORY
+        self._change(&change)
+        self._memory = memory
+
+    def set_log(self, DirtyLog log, log_guest_addr=None):
+        """Switch dirty logging: `log` None is off; `log_guest_addr` None leaves used ring stores out."""
+        cdef queue_change_t change
+        if not self.queue.started:
+            return
+        memset(&change, 0, sizeof(change))
+        change.what = CHANGE_LOG
+        self._fill_log(<uintptr_t>&change, log, log_guest_addr)
+        self._change(&change)
+        self._log = log
+
+    def _fill_log(self, uintptr_t address, DirtyLog log, log_guest_addr):
+        cdef queue_change_t* change = <queue_change_t*>address
+        change.wanted.log = NULL if log is None else &log.log
+        change.wanted.log_ring = log is not None and log_guest_addr is not None
+        change.wanted.log_guest_addr = 0 if log_guest_addr is None else log_guest_addr
+
+    def break_off(self):
+        """Break the queue from the control side: its memory is gone and cannot be resolved again."""
+        queue_break(&self.queue, BROKEN_ADDRESS, 0)
+
+    def poll_report(self):
+        """What broke the queue, told once: (head, text, section), or None."""
+        cdef uint32_t cause = vq_load_acquire_u32(&self.queue.broken)
+        if cause == BROKEN_NOT or vq_exchange_u32(&self.queue.reported, 1):
+            return None
+        text, section = BROKEN_CAUSES[cause]
+        return self.queue.broken_at, text, section
+
+    @property
+    def started(self):
+        """bool"""
+        return bool(self.queue.started)
+
+    @property
+    def enabled(self):
+        """bool"""
+        return bool(self.queue.enabled)
+
+    @property
+    def live(self):
+        """bool: started, enabled and not broken; packets move."""
+        return bool(self.queue.live)
+
+    @property
+    def broken(self):
+        """str or None: why the queue is broken."""
+        return BROKEN_CAUSES[self.queue.broken][0] if self.queue.broken else None
+
+    @property
+    def num(self):
+        """int: ring size in entries; 0 before the first start."""
+        return self.queue.ring.num
+
+    def snapshot(self):
+        """dict: packets, bytes, dropped by cause, calls, calls_suppressed, size, state."""
+        result = counters_snapshot(&self.queue.counters)
+        result.update(calls=self.queue.calls, calls_suppressed=self.queue.calls_suppressed, size=self.queue.ring.num,
+                      started=self.started, enabled=self.enabled, broken=self.broken)
+        return result
