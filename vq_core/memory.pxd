@@ -9,8 +9,9 @@ Invariants, established when the map is built and never checked again:
 - guest_addr + size, user_addr + size and host + size do not overflow, size > 0;
 - [host, host + size) is mapped shared, readable and writable while the map lives.
 
-`lost` is set by the SIGBUS guard (include/vq_guard.h) when the owner has truncated the memory:
-the range then holds zero pages, and whoever sees the flag stops using the map.
+`lost` points to a flag that the SIGBUS guard (include/vq_guard.h) raises when the owner has truncated
+memory of this map, or of one that it was made from: the range then holds zero pages, and whoever sees
+the flag stops using the map.
 
 Threading: everything here may be used by any number of threads.
 """
@@ -28,7 +29,7 @@ cdef struct region_t:
 cdef struct memory_t:
     region_t* regions      # region_count of them, sorted by guest_addr
     uint32_t region_count
-    uint32_t lost          # set by the guard; read once a burst
+    uint32_t* lost         # read once a burst
 
 cdef region_t* memory_find(memory_t* memory, gpa_t addr) noexcept nogil
 
@@ -67,7 +68,7 @@ cdef inline uint8_t* memory_translate_part(memory_t* memory, region_t** hint, gp
 
 cdef inline bint memory_lost(memory_t* memory) noexcept nogil:
     """Whether the owner truncated the memory under us."""
-    return vq_load_u32(&memory.lost) != 0
+    return vq_load_u32(memory.lost) != 0
 
 # Whole range by front-end user address inside one region, or NULL; the region's gpa goes to `guest_addr`.
 cdef uint8_t* memory_user_translate(memory_t* memory, uva_t addr, uint64_t length, gpa_t* guest_addr) noexcept nogil
@@ -78,4 +79,7 @@ cdef void memory_unguard(void* guard) noexcept
 
 cdef class MemoryMap:
     cdef memory_t memory
-    cdef list _mappings       # one _Mapping a region
+    cdef object _flag         # holds what memory.lost points to; shared by all maps of a connection
+    cdef list _mappings       # one _Mapping a region, sorted as the regions are
+
+    cdef int _fill(self, list mappings) except -1

@@ -6,6 +6,7 @@ from libc.stdlib cimport calloc, free
 from vq_core.virtio cimport gpa_t, uva_t
 
 import os
+import stat
 
 cdef extern from "vq_guard.h" nogil:
     int vq_guard_install() noexcept
@@ -69,16 +70,19 @@ cdef void memory_unguard(void* guard) noexcept:
     vq_guard_remove(guard)
 
 
-cdef class _Mapping:
-    """One mmap of a region's file. Unmapped when the last map that uses it is gone.
+cdef class _Flag:
+    """What the guard of each mapping raises."""
+    cdef uint32_t lost
 
-    Consecutive tables share unchanged regions by making new mappings of them: a mapping
-    belongs to one MemoryMap, whose `lost` flag its guard raises.
-    """
-    cdef uint8_t* start
+
+cdef class _Mapping:
+    """One mapped region; unmapped when the last map that holds it is gone."""
+    cdef readonly tuple key       # (guest_addr, size, user_addr)
+    cdef uint8_t* start           # page-aligned
     cdef size_t length
-    cdef uint64_t skip            # from the start of the mapping (a page border) to the region
+    cdef uint64_t skip            # bytes from there to the region
     cdef void* guard
+    cdef _Flag flag               # outlives the guard
 
     def __dealloc__(self):
         if self.guard != NULL:
@@ -102,7 +106,7 @@ cdef class MemoryMap:
     ----------
     regions : sequence of (guest_addr, size, user_addr, mmap_offset, fd)
         Integers in bytes, as in a mem_region of vhost-user; `fd` is only used here and stays the
-        caller's. At most 509 regions.
+        caller's. 1 to 509 regions.
 
     Raises
     ------
@@ -117,33 +121,59 @@ cdef class MemoryMap:
     Spec: vhost-user "Memory region description"; SET_MEM_TABLE.
     """
 
-    def __cinit__(self, regions):
-        cdef uint32_t i
-        cdef region_t* region
+    def __init__(self, regions):
+        self._flag = _Flag()
+        regions = [tuple(int(field) for field in region) for region in regions]
+        if not regions or self._mappings is not None:
+            raise ValueError("a memory table has at least one region, and a map is never changed")
+        _check_table([region[:3] for region in regions])
+        self._fill([_map(region, self._flag) for region in regions])
+
+    cdef int _fill(self, list mappings) except -1:
+        """Lay out the table of `mappings`, which passed _check_table."""
         cdef _Mapping mapping
-        table = sorted(tuple(int(field) for field in region_fields) for region_fields in regions)
-        if not 1 <= len(table) <= 509:
-            raise ValueError(f"memory table has {len(table)} regions; 1 to 509 are possible")
-        self._mappings = []
-        self.memory.regions = <region_t*>calloc(len(table), sizeof(region_t))
+        cdef region_t* region
+        self._mappings = sorted(mappings, key=lambda mapping: mapping.key)
+        self.memory.lost = &(<_Flag>self._flag).lost
+        self.memory.regions = <region_t*>calloc(len(mappings), sizeof(region_t))
         if self.memory.regions == NULL:
             raise MemoryError("memory table")
-        _check_table(table)
-        for i, (guest_addr, size, user_addr, mmap_offset, fd) in enumerate(table):
-            mapping = _map(size, mmap_offset, fd)
-            self._mappings.append(mapping)
-            mapping.guard = memory_guard(mapping.start, mapping.length, &self.memory.lost)
-            region = &self.memory.regions[i]
-            region.guest_addr = guest_addr
-            region.size = size
-            region.user_addr = user_addr
+        for mapping in self._mappings:
+            region = &self.memory.regions[self.memory.region_count]
+            region.guest_addr, region.size, region.user_addr = mapping.key
             region.host = mapping.start + mapping.skip
-            self.memory.region_count = i + 1
+            self.memory.region_count += 1
+        return 0
 
     def __dealloc__(self):
-        # The mappings guard their ranges with a pointer to our flag: they go first.
-        self._mappings = None
         free(self.memory.regions)
+
+    def plus(self, region):
+        """A new map with one region more, (guest_addr, size, user_addr, mmap_offset, fd); mappings are shared.
+
+        Raises as the constructor does.
+        """
+        cdef MemoryMap result
+        region = tuple(int(field) for field in region)
+        _check_table([(<_Mapping>mapping).key for mapping in self._mappings] + [region[:3]])
+        result = MemoryMap.__new__(MemoryMap)
+        result._flag = self._flag
+        result._fill(self._mappings + [_map(region, self._flag)])
+        return result
+
+    def minus(self, guest_addr, size, user_addr):
+        """A new map without the region of exactly these values; None if nothing is left; KeyError if there is none."""
+        cdef MemoryMap result
+        key = (guest_addr, size, user_addr)
+        rest = [mapping for mapping in self._mappings if (<_Mapping>mapping).key != key]
+        if len(rest) == len(self._mappings):
+            raise KeyError(f"no memory region with guest_addr {guest_addr:#x}, size {size:#x}, user_addr {user_addr:#x}")
+        if not rest:
+            return None
+        result = MemoryMap.__new__(MemoryMap)
+        result._flag = self._flag
+        result._fill(rest)
+        return result
 
     @property
     def regions(self):
@@ -159,6 +189,8 @@ cdef class MemoryMap:
     @property
     def end(self):
         """int: the first guest physical address behind the last region; bounds a dirty log."""
+        if self.memory.region_count == 0:
+            return 0
         cdef region_t* last = &self.memory.regions[self.memory.region_count - 1]
         return last.guest_addr + last.size
 
@@ -175,11 +207,13 @@ cdef class MemoryMap:
 
 
 def _check_table(table):
-    for guest_addr, size, user_addr, mmap_offset, fd in table:
+    if len(table) > 509:
+        raise ValueError(f"memory table has {len(table)} regions; 509 are possible")
+    for guest_addr, size, user_addr in table:
         where = f"memory region at guest address {guest_addr:#x}"
         if size <= 0:
             raise ValueError(f"{where}: size {size} is not positive")
-        for name, value in (("guest_addr", guest_addr), ("user_addr", user_addr), ("mmap_offset", mmap_offset)):
+        for name, value in (("guest_addr", guest_addr), ("user_addr", user_addr)):
             if value < 0 or value + size > END:
                 raise ValueError(f"{where}: {name} {value:#x} + size {size:#x} exceeds 64 bits")
     for key, name in ((0, "guest_addr"), (2, "user_addr")):
@@ -189,24 +223,30 @@ def _check_table(table):
                 raise ValueError(f"memory regions overlap in {name}: {before[key]:#x} + {before[1]:#x} > {after[key]:#x}")
 
 
-cdef _Mapping _map(uint64_t size, uint64_t mmap_offset, int fd):
-    cdef uint64_t page = _page_size(fd)
-    cdef uint64_t start = mmap_offset - mmap_offset % page
-    # mmap_offset + size does not overflow (_check_table); the rounding is checked here.
-    cdef uint64_t length = mmap_offset - start + size
+cdef _Mapping _map(tuple region, _Flag flag):
+    cdef uint64_t page, start, length, size, mmap_offset
+    cdef int fd = region[4]
     cdef _Mapping mapping = _Mapping.__new__(_Mapping)
     cdef void* got
-    file_size = os.fstat(fd).st_size
-    if mmap_offset + size > file_size:
-        raise ValueError(f"memory region needs {mmap_offset + size} bytes of its file, which has {file_size}")
-    if length > END - page or start > 0x7fffffffffffffff:
-        raise ValueError(f"memory region of {size:#x} bytes at offset {mmap_offset:#x} is too large")
-    length = (length + page - 1) // page * page
+    if not 0 <= region[3] <= (1 << 62) or region[1] > (1 << 62):
+        raise ValueError(f"memory region of {region[1]:#x} bytes at offset {region[3]:#x} is too large")
+    size, mmap_offset = region[1], region[3]
+    status = os.fstat(fd)
+    # Of a device (/dev/dax) the kernel knows the size, we do not.
+    if stat.S_ISREG(status.st_mode) and mmap_offset + size > status.st_size:
+        raise ValueError(f"memory region needs {mmap_offset + size} bytes of its file, which has {status.st_size}")
+    page = _page_size(fd)
+    start = mmap_offset - mmap_offset % page
+    # All three are below 2^63: no sum here can wrap.
+    length = (mmap_offset - start + size + page - 1) // page * page
     got = c_mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, <long>start)
     if got == MAP_FAILED:
         PyErr_SetFromErrno(OSError)
+    mapping.key = region[:3]
     mapping.start = <uint8_t*>got
     mapping.length = length
     mapping.skip = mmap_offset - start
+    mapping.flag = flag
+    mapping.guard = memory_guard(mapping.start, mapping.length, &flag.lost)
     c_madvise(got, length, MADV_DONTDUMP)     # no guest data in our core dumps; harmless if refused
     return mapping

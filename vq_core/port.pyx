@@ -21,6 +21,24 @@ cdef class Port:
     #: What people call the two directions: (pushed, pulled).
     directions = ("to_port", "from_port")
 
+    #: Endpoints are interchangeable: a pump uses as many of them as its other ports can feed or take.
+    elastic = False
+
+    @property
+    def sources(self):
+        """list of int: endpoints that packets come from at the moment."""
+        return list(range(self.endpoint_count))
+
+    @property
+    def targets(self):
+        """list of int: endpoints that take packets at the moment."""
+        return list(range(self.endpoint_count))
+
+    @property
+    def finished(self):
+        """bool: no packet will ever come from this port again."""
+        return not self.sources
+
     cdef int allocate(self, int count) except -1:
         """Make `count` zeroed endpoints with counters of their own; for subclasses' constructors."""
         cdef int i

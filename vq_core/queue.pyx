@@ -160,7 +160,8 @@ cdef class Queue:
         change.wanted.hint = memory.memory.regions
         return 0
 
-    def start(self, MemoryMap memory not None, int num, int desc, int avail, int used, int base, uint64_t features, *,
+    def start(self, MemoryMap memory not None, int num, uint64_t desc, uint64_t avail, uint64_t used, uint64_t base,
+              uint64_t features, *,
               kick_fd=None, call_fd=None, err_fd=None, bint enabled=False, DirtyLog log=None, log_guest_addr=None,
               bint in_order=True):
         """Start the ring.

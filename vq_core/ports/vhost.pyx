@@ -1,0 +1,695 @@
+"""The way of a packet through a guest's queues."""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+from vq_core.arch cimport (vq_copy, vq_prefetch, vq_prefetch_write, vq_put_u16, vq_put_u32, vq_put_u64, vq_snapshot_u16,
+                           vq_snapshot_u32, vq_snapshot_u64)
+from vq_core.chain cimport chain_begin, chain_next, chain_t
+from vq_core.counters cimport (DROP_DISABLED, DROP_MTU, DROP_NOT_CONNECTED, DROP_SEGMENTS, DROP_TOO_LONG, DROP_TOO_SHORT,
+                               counters_t)
+from vq_core.dirty cimport dirty_mark
+from vq_core.handover cimport Mailbox, handover_run
+from vq_core.memory cimport memory_lost, memory_translate, memory_translate_part, region_t
+from vq_core.net cimport net_accepts, net_header_bytes, net_header_check, net_offers
+from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, PACKET_MAX, SEGMENTS_MAX, Port, burst_t, endpoint_t, packet_t,
+                           segment_t)
+from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_LOOP,
+                            BROKEN_MEMORY_LOST, BROKEN_NOT, CHANGE_EPOLL, Queue, queue_apply, queue_break,
+                            queue_change_t, queue_flush, queue_publish, queue_t)
+from vq_core.split cimport (split_advance_used, split_available, split_descriptor, split_head, split_put_used,
+                            split_ready, split_request_kick, split_suppress_kicks, split_t, split_take)
+from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE,
+                             gpa_t, has_feature, virtio_net_hdr_t, virtq_desc_t)
+
+cdef enum:
+    HEADER_MAX = 12
+    STEPS_BURST = 4096           # descriptors walked before a pull ends its burst (fairness)
+    STEPS_PACKET = 65536         # descriptors walked for one push before the ring is broken
+
+# Outcomes of the slow paths for one packet.
+cdef enum:
+    DONE = 1
+    NO_ROOM = 0                  # not enough buffers now
+    BROKE = -1
+    BURST_FULL = -2
+    DROPPED = -3                 # and counted
+
+
+# ---- transmitq: pull ----
+
+cdef inline bint _header_asks(packet_t* packet, uint8_t* host) noexcept nogil:
+    """Copy the header at `host` once; whether it asks for anything. If not, the packet's header is all zero."""
+    cdef uint64_t word = vq_snapshot_u64(host)
+    packet.wants = 0
+    if not word & 0xffff:        # flags and gso_type
+        (<uint64_t*>&packet.header)[0] = 0
+        (<uint32_t*>&packet.header)[2] = 0
+        return False
+    (<uint64_t*>&packet.header)[0] = word
+    (<uint32_t*>&packet.header)[2] = vq_snapshot_u16(host + 8)
+    return True
+
+
+cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, uint16_t head, uint32_t header_bytes,
+                     uint32_t* steps) noexcept nogil:
+    """Fill `packet` from any chain, its header into packet.header: DONE, DROPPED, BROKE or BURST_FULL."""
+    cdef chain_t chain
+    cdef virtq_desc_t descriptor
+    cdef uint8_t header[HEADER_MAX]
+    cdef uint8_t* host
+    cdef uint64_t part, left
+    cdef gpa_t addr
+    cdef uint32_t in_header = 0, segments = 0, first = burst.segment_count
+    cdef uint64_t length = 0
+    cdef int step
+    chain_begin(&chain, queue, head)
+    packet.data = NULL
+    packet.head_bytes = 0
+    packet.more = &burst.segments[first]
+    while True:
+        step = chain_next(&chain, queue, &descriptor)
+        if step <= 0:
+            break
+        if descriptor.flags & VIRTQ_DESC_F_WRITE:
+            continue             # nothing of a transmitq chain is written; the walk goes on to check its form
+        addr = descriptor.addr
+        left = descriptor.len
+        if addr + left < addr:
+            queue_break(queue, BROKEN_ADDRESS, head)
+            return BROKE
+        while left > 0:
+            host = memory_translate_part(queue.memory, &queue.hint, addr, left, &part)
+            if host == NULL:
+                queue_break(queue, BROKEN_ADDRESS, head)
+                return BROKE
+            addr += part
+            left -= part
+            if in_header < header_bytes:
+                if part > header_bytes - in_header:
+                    memcpy(header + in_header, host, header_bytes - in_header)
+                    host += header_bytes - in_header
+                    part -= header_bytes - in_header
+                    in_header = header_bytes
+                else:
+                    memcpy(header + in_header, host, part)
+                    in_header += <uint32_t>part
+                    continue
+            length += part
+            if length > PACKET_MAX:
+                continue         # dropped below; the walk goes on to check the chain's form
+            if packet.data == NULL:
+                packet.data = host
+                packet.head_bytes = <uint32_t>part
+            elif first + segments < SEGMENTS_MAX:
+                burst.segments[first + segments].data = host
+                burst.segments[first + segments].length = <uint32_t>part
+                segments += 1
+            elif first > 0:
+                return BURST_FULL    # an emptier burst may hold it
+            else:
+                segments = SEGMENTS_MAX + 1
+    steps[0] += queue.ring.num - chain.budget if chain.table_count == 0 else chain.table_count - chain.budget
+    if step < 0:
+        queue_break(queue, chain.broken, head)
+        return BROKE
+    if length == 0 or length > PACKET_MAX or segments > SEGMENTS_MAX:
+        queue.counters.dropped[DROP_TOO_SHORT if length == 0 else DROP_TOO_LONG if length > PACKET_MAX else DROP_SEGMENTS] += 1
+        return DROPPED
+    packet.length = <uint32_t>length
+    packet.more_count = segments
+    burst.segment_count = first + segments
+    memcpy(&packet.header, header, 10)
+    packet.wants = 0
+    return DONE
+
+
+cdef int _discard(queue_t* queue) noexcept nogil:
+    """A started but disabled transmitq: consume without side effects (vhost-user, "Ring states")."""
+    cdef split_t* ring = &queue.ring
+    cdef int available = split_available(ring), i
+    cdef uint16_t head
+    if available < 0:
+        queue_break(queue, BROKEN_AVAIL_IDX, ring.shadow_avail_idx)
+        return 0
+    available = min(available, BURST_MAX)
+    if available == 0:
+        return 0
+    for i in range(available):
+        head = split_head(ring, <uint16_t>i)
+        if head >= ring.num:
+            queue_break(queue, BROKEN_HEAD, head)
+            return 0
+        split_put_used(ring, <uint16_t>i, head, 0)
+    split_take(ring, <uint16_t>available)
+    split_advance_used(ring, <uint16_t>available)
+    queue.counters.dropped[DROP_DISABLED] += available
+    queue_publish(queue, ring.next_used_idx)
+    queue_flush(queue)
+    return 0
+
+
+cdef int _pull_rarp(pair_t* pair, burst_t* burst) noexcept nogil:
+    """Hand over the frame that announces a guest after its migration, as if the guest had sent it."""
+    cdef packet_t* packet = &burst.packets[0]
+    pair.rarp_pending = 0
+    memset(packet, 0, sizeof(packet_t))
+    packet.data = pair.rarp
+    packet.head_bytes = packet.length = RARP_BYTES
+    packet.mark = pair.transmitq.ring.shadow_used_idx
+    burst.count = 1
+    return 1
+
+
+cdef int _pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept nogil:
+    cdef pair_t* pair = <pair_t*>endpoint.port
+    cdef queue_t* queue = pair.transmitq
+    cdef split_t* ring = &queue.ring
+    cdef uint32_t header_bytes, steps = 0
+    cdef int available, taken, i, count = 0, kept = 0, status, cause
+    cdef uint16_t head
+    cdef uint64_t total = 0
+    cdef virtq_desc_t descriptor
+    cdef packet_t* packet
+    cdef uint8_t* host
+    cdef uint8_t* hosts[BURST_MAX]
+    burst.count = burst.wants = burst.segment_count = 0
+    if pair.rarp_pending:
+        return _pull_rarp(pair, burst)
+    if not queue.live:
+        if queue.started and queue.broken == BROKEN_NOT:
+            return _discard(queue)
+        return 0
+    available = split_ready(ring)
+    if available < limit:
+        available = split_available(ring)
+        if available <= 0:
+            if available < 0:
+                queue_break(queue, BROKEN_AVAIL_IDX, ring.shadow_avail_idx)
+            return 0
+    if available > limit:
+        available = limit
+    if memory_lost(queue.memory):
+        queue_break(queue, BROKEN_MEMORY_LOST, 0)
+        return 0
+    split_suppress_kicks(ring)
+    header_bytes = net_header_bytes(queue.features)
+    # First pass: heads and descriptors, each read once. The lines behind them are on their way meanwhile.
+    for taken in range(available):
+        head = split_head(ring, <uint16_t>taken)
+        if head >= ring.num:
+            queue_break(queue, BROKEN_HEAD, head)
+            break
+        packet = &burst.packets[count]
+        split_descriptor(ring, head, &descriptor)
+        # One test for three: plain readable descriptor, longer than the header, not above the largest packet.
+        if (not descriptor.flags & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_INDIRECT | VIRTQ_DESC_F_WRITE)) & \
+                (descriptor.len - header_bytes - 1 < PACKET_MAX):
+            host = memory_translate(queue.memory, &queue.hint, descriptor.addr, descriptor.len)
+            if host != NULL:
+                vq_prefetch(host)
+                hosts[count] = host
+                packet.data = host + header_bytes
+                packet.more_count = 0
+                packet.head_bytes = packet.length = descriptor.len - header_bytes
+                packet.mark = <uint16_t>(ring.next_used_idx + taken + 1)
+                split_put_used(ring, <uint16_t>taken, head, 0)
+                count += 1
+                continue
+        if steps > STEPS_BURST:
+            break
+        status = _pull_chain(queue, burst, packet, head, header_bytes, &steps)
+        if status == BROKE or status == BURST_FULL:
+            break
+        split_put_used(ring, <uint16_t>taken, head, 0)
+        if status == DONE:
+            hosts[count] = NULL
+            packet.mark = <uint16_t>(ring.next_used_idx + taken + 1)
+            count += 1
+    else:
+        taken = available
+    split_take(ring, <uint16_t>taken)
+    split_advance_used(ring, <uint16_t>taken)
+    # Second pass: headers, each copied once (the slow path has copied its own already).
+    for i in range(count):
+        packet = &burst.packets[i]
+        cause = -1
+        if hosts[i] == NULL or _header_asks(packet, hosts[i]):
+            cause = net_header_check(packet, net_offers(queue.features))
+        if cause >= 0:
+            queue.counters.dropped[cause] += 1
+            continue
+        total += packet.length
+        burst.wants |= packet.wants
+        if kept != i:
+            burst.packets[kept] = packet[0]
+        kept += 1
+    burst.count = kept
+    queue.counters.packets += kept
+    queue.counters.bytes += total
+    if kept == 0 and taken > 0:
+        queue_publish(queue, ring.next_used_idx)
+        queue_flush(queue)
+    return kept
+
+
+cdef void _release(endpoint_t* endpoint, burst_t* burst, int count) noexcept nogil:
+    cdef queue_t* queue = (<pair_t*>endpoint.port).transmitq
+    cdef uint16_t position
+    if count == <int>burst.count:
+        position = queue.ring.next_used_idx
+    else:
+        position = burst.packets[count - 1].mark
+    if queue.started and position != queue.ring.shadow_used_idx:
+        queue_publish(queue, position)
+
+
+# ---- receiveq: push ----
+
+cdef inline void _put_header(uint8_t* host, virtio_net_hdr_t* header, uint32_t header_bytes) noexcept nogil:
+    """Write the header, with num_buffers 1, unless it stands there already: the line stays shared then."""
+    cdef uint64_t word = (<uint64_t*>header)[0]
+    cdef uint32_t tail = header.csum_offset | <uint32_t>1 << 16
+    if vq_snapshot_u64(host) != word:
+        vq_put_u64(host, word)
+    if header_bytes == HEADER_MAX:
+        if vq_snapshot_u32(host + 8) != tail:
+            vq_put_u32(host + 8, tail)
+    else:
+        vq_put_u16(host + 8, header.csum_offset)
+
+
+cdef inline void _put_payload(uint8_t* host, packet_t* packet) noexcept nogil:
+    """Copy all segments of the packet to `host`, which has room for packet.length bytes."""
+    cdef uint32_t i
+    vq_copy(host, packet.data, packet.head_bytes)
+    if packet.more_count:
+        host += packet.head_bytes
+        for i in range(packet.more_count):
+            memcpy(host, packet.more[i].data, packet.more[i].length)
+            host += packet.more[i].length
+
+
+cdef struct reader_t:
+    # What is still to be written of header and packet, in order.
+    uint8_t* data
+    uint32_t left                # bytes at data
+    packet_t* packet
+    uint32_t segment             # of packet.more: the next one
+    bint in_header
+
+
+cdef inline bint _reader_step(reader_t* reader) noexcept nogil:
+    """Make sure that there are bytes at reader.data; False at the end."""
+    while reader.left == 0:
+        if reader.in_header:
+            reader.in_header = False
+            reader.data = reader.packet.data
+            reader.left = reader.packet.head_bytes
+        elif reader.segment < reader.packet.more_count:
+            reader.data = reader.packet.more[reader.segment].data
+            reader.left = reader.packet.more[reader.segment].length
+            reader.segment += 1
+        else:
+            return False
+    return True
+
+
+cdef int _write_part(queue_t* queue, virtq_desc_t* descriptor, reader_t* reader, uint64_t offset,
+                     uint8_t** count_bytes) noexcept nogil:
+    """Fill one descriptor as far as the packet goes: bytes written, or -1 for an address outside memory.
+
+    `offset` counts the bytes of header and packet before it; where the two bytes of num_buffers (10 and 11) go is
+    noted in `count_bytes`, since their value is known only at the end.
+    """
+    cdef gpa_t addr = descriptor.addr
+    cdef uint64_t left = descriptor.len, part, piece, done = 0
+    cdef uint8_t* host
+    if addr + left < addr:
+        return -1
+    while left > 0 and _reader_step(reader):
+        host = memory_translate_part(queue.memory, &queue.hint, addr, left, &part)
+        if host == NULL:
+            return -1
+        piece = part if part < reader.left else reader.left
+        if offset + done <= 10 and offset + done + piece > 10:
+            count_bytes[0] = host + (10 - offset - done)
+        if offset + done <= 11 and offset + done + piece > 11:
+            count_bytes[1] = host + (11 - offset - done)
+        memcpy(host, reader.data, piece)
+        if queue.log != NULL:
+            dirty_mark(queue.log, addr, piece)
+        reader.data += piece
+        reader.left -= <uint32_t>piece
+        addr += piece
+        left -= piece
+        done += piece
+    return <int>done
+
+
+cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes) noexcept nogil:
+    """Write one packet into as many chains as it needs: DONE, NO_ROOM, DROPPED or BROKE.
+
+    Buffers are only written before they are used, so an unfinished packet leaves nothing behind: its chains stay
+    available (protocol section 9.2).
+    """
+    cdef split_t* ring = &queue.ring
+    cdef chain_t chain
+    cdef virtq_desc_t descriptor
+    cdef reader_t reader
+    cdef virtio_net_hdr_t header = packet.header
+    cdef uint8_t* count_bytes[2]
+    cdef uint64_t need = header_bytes + <uint64_t>packet.length, written = 0
+    cdef uint32_t in_chain, steps = 0
+    cdef int ready = split_ready(ring), buffers = 0, part, step
+    cdef bint mergeable = has_feature(queue.features, VIRTIO_NET_F_MRG_RXBUF)
+    cdef bint room
+    cdef uint16_t head
+    header.num_buffers = 1
+    count_bytes[0] = count_bytes[1] = NULL
+    reader.data = <uint8_t*>&header
+    reader.left = header_bytes
+    reader.packet = packet
+    reader.segment = 0
+    reader.in_header = True
+    while written < need:
+        if buffers > 0 and not mergeable:
+            return DROPPED       # larger than the chain
+        if buffers == ready:
+            ready = split_available(ring)
+            if ready < 0:
+                queue_break(queue, BROKEN_AVAIL_IDX, ring.shadow_avail_idx)
+                return BROKE
+            if buffers == ready:
+                return DROPPED if ready == ring.num else NO_ROOM    # a full ring that is too small stays too small
+        head = split_head(ring, <uint16_t>buffers)
+        if head >= ring.num:
+            queue_break(queue, BROKEN_HEAD, head)
+            return BROKE
+        chain_begin(&chain, queue, head)
+        in_chain = 0
+        room = False
+        while written < need:
+            step = chain_next(&chain, queue, &descriptor)
+            if step < 0:
+                queue_break(queue, chain.broken, head)
+                return BROKE
+            if step == 0:
+                break
+            if not descriptor.flags & VIRTQ_DESC_F_WRITE:
+                continue
+            room = True
+            part = _write_part(queue, &descriptor, &reader, written, count_bytes)
+            if part < 0:
+                queue_break(queue, BROKEN_ADDRESS, head)
+                return BROKE
+            in_chain += part
+            written += part
+        steps += (ring.num if chain.table_count == 0 else chain.table_count) - chain.budget
+        if not room or steps > STEPS_PACKET:
+            queue_break(queue, BROKEN_LOOP if room else BROKEN_DIRECTION, head)
+            return BROKE
+        split_put_used(ring, <uint16_t>buffers, head, in_chain)
+        buffers += 1
+    if buffers > 1:              # num_buffers is 1 in what was written; both bytes were met, since need > 12
+        count_bytes[0][0] = <uint8_t>(buffers & 0xff)
+        count_bytes[1][0] = <uint8_t>(buffers >> 8)
+    split_take(ring, <uint16_t>buffers)
+    split_advance_used(ring, <uint16_t>buffers)
+    return DONE
+
+
+cdef int _push_refused(queue_t* queue, packet_t* packets, int count) noexcept nogil:
+    """The ring takes nothing: count everything as dropped."""
+    queue.counters.dropped[DROP_DISABLED if queue.started and not queue.enabled else DROP_NOT_CONNECTED] += count
+    return count
+
+
+cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogil:
+    cdef pair_t* pair = <pair_t*>endpoint.port
+    cdef queue_t* queue = pair.receiveq
+    cdef split_t* ring = &queue.ring
+    cdef uint32_t header_bytes, need, frame_limit
+    cdef int ready, done = 0, run, j, status, sent = 0
+    cdef uint64_t total = 0
+    cdef uint16_t head
+    cdef virtq_desc_t descriptor
+    cdef uint8_t* host
+    cdef uint8_t* hosts[BURST_MAX]
+    cdef packet_t* packet
+    if not queue.live:
+        return _push_refused(queue, packets, count)
+    ready = split_ready(ring)
+    if ready < count:
+        ready = split_available(ring)
+        if ready < 0:
+            queue_break(queue, BROKEN_AVAIL_IDX, ring.shadow_avail_idx)
+            return _push_refused(queue, packets, count)
+        if ready == 0:
+            return 0
+    if memory_lost(queue.memory):
+        queue_break(queue, BROKEN_MEMORY_LOST, 0)
+        return _push_refused(queue, packets, count)
+    split_suppress_kicks(ring)
+    header_bytes = net_header_bytes(queue.features)
+    # Logging goes by the slow path, which knows the guest address of each byte that it writes.
+    frame_limit = pair.frame_limit if queue.log == NULL else 0
+    while done < count:
+        run = 0
+        while done + run < count and run < ready and run < BURST_MAX:
+            packet = &packets[done + run]
+            head = split_head(ring, <uint16_t>run)
+            if head >= ring.num:
+                break            # the slow path says so
+            split_descriptor(ring, head, &descriptor)
+            need = header_bytes + packet.length
+            if (descriptor.flags != VIRTQ_DESC_F_WRITE) | (descriptor.len < need) | (packet.length > frame_limit):
+                break
+            host = memory_translate(queue.memory, &queue.hint, descriptor.addr, descriptor.len)
+            if host == NULL:
+                break
+            hosts[run] = host
+            vq_prefetch_write(host + header_bytes)
+            split_put_used(ring, <uint16_t>run, head, need)
+            run += 1
+        for j in range(run):
+            packet = &packets[done + j]
+            _put_header(hosts[j], &packet.header, header_bytes)
+            _put_payload(hosts[j] + header_bytes, packet)
+            total += packet.length
+        split_take(ring, <uint16_t>run)
+        split_advance_used(ring, <uint16_t>run)
+        done += run
+        sent += run
+        ready -= run
+        if done < count:
+            packet = &packets[done]
+            if packet.length > pair.frame_limit and packet.header.gso_type == 0:
+                queue.counters.dropped[DROP_MTU] += 1
+                done += 1
+                continue
+            status = _push_chain(queue, packet, header_bytes)
+            if status == NO_ROOM:
+                break
+            if status == BROKE:
+                done += _push_refused(queue, packet, count - done)
+                break
+            if status == DONE:
+                total += packet.length
+                sent += 1
+            else:
+                queue.counters.dropped[DROP_TOO_LONG] += 1
+            done += 1
+            ready = split_ready(ring)
+    if ring.next_used_idx != ring.shadow_used_idx:
+        queue_publish(queue, ring.next_used_idx)
+    queue.counters.packets += sent
+    queue.counters.bytes += total
+    return done
+
+
+# ---- both ----
+
+cdef void _flush(endpoint_t* endpoint) noexcept nogil:
+    cdef pair_t* pair = <pair_t*>endpoint.port
+    if pair.receiveq.started:
+        queue_flush(pair.receiveq)
+    if pair.transmitq.started:
+        queue_flush(pair.transmitq)
+
+
+cdef int _room(endpoint_t* endpoint) noexcept nogil:
+    cdef queue_t* queue = (<pair_t*>endpoint.port).receiveq
+    cdef int ready
+    if not queue.live:
+        return 0
+    ready = split_ready(&queue.ring)
+    if ready < BURST_MAX:
+        ready = split_available(&queue.ring)
+        if ready < 0:
+            queue_break(queue, BROKEN_AVAIL_IDX, queue.ring.shadow_avail_idx)
+            return 0
+    return ready
+
+
+cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
+    cdef pair_t* pair = <pair_t*>endpoint.port
+    cdef queue_t* queue = pair.transmitq
+    cdef int known
+    if what & ARM_PULL:
+        if pair.rarp_pending:
+            return 1
+        if queue.started and queue.broken == BROKEN_NOT:
+            if split_ready(&queue.ring) > 0:
+                return 1
+            split_request_kick(&queue.ring)
+            if split_available(&queue.ring) != 0:      # also an impossible index: the next pull breaks the ring
+                return 1
+    if what & ARM_PUSH:
+        queue = pair.receiveq
+        if queue.live:
+            known = split_ready(&queue.ring)
+            split_request_kick(&queue.ring)
+            if split_available(&queue.ring) != known:
+                return 1
+    return 0
+
+
+cdef void _attach(endpoint_t* endpoint, int epoll_fd) noexcept nogil:
+    cdef pair_t* pair = <pair_t*>endpoint.port
+    cdef queue_change_t change
+    memset(&change, 0, sizeof(change))
+    change.what = CHANGE_EPOLL
+    change.wanted.epoll_fd = epoll_fd
+    queue_apply(pair.receiveq, &change)
+    queue_apply(pair.transmitq, &change)
+
+
+# ---- control side ----
+
+cdef struct pair_change_t:
+    uint32_t accepts
+    uint32_t frame_limit
+    uint8_t* rarp
+
+
+cdef void _change_pair(void* target, void* argument) noexcept nogil:
+    cdef pair_t* pair = <pair_t*>target
+    cdef pair_change_t* change = <pair_change_t*>argument
+    if change.rarp != NULL:
+        memcpy(pair.rarp, change.rarp, RARP_BYTES)
+        pair.rarp_pending = 1
+    else:
+        pair.endpoint.accepts = change.accepts
+        pair.frame_limit = change.frame_limit
+
+
+cdef class VhostPort(Port):
+    """The queues of one vhost-user-net device, as a port of a pump.
+
+    Parameters
+    ----------
+    name : str
+    pairs : int
+        Queue pairs, 1 to 128.
+    report_fd : int, optional
+        Eventfd that is signalled when a queue breaks.
+
+    Attributes
+    ----------
+    queues : tuple of Queue
+        Index 2i is receiveq i, 2i + 1 is transmitq i (VIRTIO 1.3, 5.1.2).
+    """
+
+    directions = ("to_guest", "from_guest")
+
+    def __cinit__(self, name, int pairs, report_fd=None):
+        cdef int i
+        cdef Queue receiveq, transmitq
+        cdef endpoint_t* endpoint
+        if not 1 <= pairs <= 128:
+            raise ValueError(f"{name}: {pairs} queue pairs; 1 to 128 are possible")
+        self.name = name
+        self.allocate(pairs)
+        self.pairs = <pair_t*>calloc(pairs, sizeof(pair_t))
+        if self.pairs == NULL:
+            raise MemoryError("queue pairs")
+        queues = []
+        for i in range(pairs):
+            receiveq = Queue(2 * i, f"receiveq{i}", report_fd)
+            transmitq = Queue(2 * i + 1, f"transmitq{i}", report_fd)
+            queues += [receiveq, transmitq]
+            endpoint = self.endpoints[i]
+            self.pairs[i].endpoint = endpoint
+            self.pairs[i].receiveq = &receiveq.queue
+            self.pairs[i].transmitq = &transmitq.queue
+            self.pairs[i].frame_limit = 0xffffffff
+            endpoint.port = &self.pairs[i]
+            endpoint.pull = _pull
+            endpoint.push = _push
+            endpoint.release = _release
+            endpoint.flush = _flush
+            endpoint.room = _room
+            endpoint.arm = _arm
+            endpoint.attach = _attach
+        self.queues = tuple(queues)
+        for i in range(pairs):       # the queues count; the endpoint's counters are theirs
+            free(self.endpoints[i].pulled)
+            self.endpoints[i].pulled = &self.pairs[i].transmitq.counters
+            self.endpoints[i].pushed = &self.pairs[i].receiveq.counters
+
+    def __dealloc__(self):
+        cdef int i
+        if self.pairs != NULL:
+            for i in range(self.endpoint_count):
+                if self.pairs[i].endpoint != NULL:
+                    self.endpoints[i].pulled = NULL      # not ours to free
+        free(self.pairs)
+
+    cdef int adopt(self, int index, object mailbox) except -1:
+        self.mailboxes[index] = mailbox
+        (<Queue>self.queues[2 * index]).mailbox = <Mailbox?>mailbox if mailbox is not None else None
+        (<Queue>self.queues[2 * index + 1]).mailbox = <Mailbox?>mailbox if mailbox is not None else None
+        return 0
+
+    def configure(self, uint64_t features, mtu=None):
+        """Take over what the front-end negotiated: which offloads its driver accepts, and the MTU.
+
+        Parameters
+        ----------
+        features : int
+            Negotiated virtio features.
+        mtu : int, optional
+            From NET_SET_MTU, in bytes; longer frames towards the guest are dropped, except those to be segmented.
+        """
+        cdef pair_change_t change
+        cdef int i
+        change.accepts = net_accepts(features)
+        change.frame_limit = 0xffffffff if mtu is None else mtu + 18      # Ethernet header and a VLAN tag
+        change.rarp = NULL
+        for i in range(self.endpoint_count):
+            handover_run(self.mailboxes[i], _change_pair, &self.pairs[i], &change)
+
+    def announce(self, bytes mac not None):
+        """Send one broadcast RARP from `mac` (6 bytes) into the network side (vhost-user, SEND_RARP).
+
+        A multicast or zero address is ignored. The guest does not see the frame.
+        """
+        cdef pair_change_t change
+        if len(mac) != 6:
+            raise ValueError(f"MAC address of {len(mac)} bytes; it has 6")
+        if mac[0] & 1 or mac == bytes(6):
+            return
+        frame = (b"\xff" * 6 + mac + b"\x80\x35" + b"\x00\x01\x08\x00\x06\x04\x00\x03" + mac + bytes(4) + mac + bytes(4))
+        frame = frame.ljust(RARP_BYTES, b"\0")
+        change.rarp = <uint8_t*><char*>frame
+        handover_run(self.mailboxes[0], _change_pair, &self.pairs[0], &change)
+
+    @property
+    def sources(self):
+        """list of int: pairs whose transmitq is started (a disabled one is emptied without effect), and pair 0 for RARP."""
+        return [i for i in range(self.endpoint_count) if i == 0 or self.pairs[i].transmitq.started]
+
+    @property
+    def targets(self):
+        """list of int: pairs whose receiveq takes packets."""
+        return [i for i in range(self.endpoint_count) if self.pairs[i].receiveq.live]

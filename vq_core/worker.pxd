@@ -1,0 +1,68 @@
+"""A worker: one thread that moves packets along its flows, without the GIL.
+
+    round:  for each flow:  pull -> (offload) -> push -> release -> flush
+    between two rounds lies the burst boundary: commands of the control thread are run there
+
+A flow joins a source endpoint to a target endpoint, or to a switch that chooses targets. An endpoint
+belongs to one worker; the plan (all flows of a worker) is immutable and swapped by hand-over.
+
+Sleeping (`adaptive`): after IDLE_CYCLES without a packet the worker asks every source for a wake-up
+(`arm`), looks once more, and waits in one epoll. `busy` never sleeps.
+
+A source that holds packets itself (TAP, file, generator) is only pulled from when the target has room,
+and what a target could not take then waits in the flow's own burst: nothing is dropped for want of
+buffers. A guest's transmitq is never held up: what the target cannot take is dropped and counted.
+"""
+from libc.stdint cimport uint32_t, uint64_t
+from vq_core.handover cimport Mailbox
+from vq_core.offload cimport Offload, offload_t
+from vq_core.port cimport Port, burst_t, endpoint_t
+from vq_core.switch cimport switch_lane_t, switch_t
+
+cdef enum:
+    SUB_BURST = 8                # packets published at once while both ends are rings of guests
+
+cdef struct flow_t:
+    endpoint_t* source
+    endpoint_t* target           # NULL: the switch decides
+    switch_t* via
+    switch_lane_t* lane
+    int source_port              # index of the source's port in the switch
+    int step                     # packets pushed and released at once
+    burst_t* held                # own burst of a source that holds; else NULL
+    int held_at                  # first packet of `held` that is not pushed; -1: none waits
+    bint waiting                 # for room in the target
+
+cdef struct plan_t:
+    flow_t* flows
+    int flow_count
+    endpoint_t** endpoints       # each endpoint of the plan once
+    int endpoint_count
+
+cdef struct worker_t:
+    plan_t* plan
+    offload_t* offload
+    burst_t burst
+    int epoll_fd
+    bint stopping
+    bint busy                    # never sleep
+    uint64_t rounds              # counters: one writer, the worker
+    uint64_t empty_rounds
+    uint64_t busy_cycles
+    uint64_t idle_cycles
+    uint64_t sleeps
+
+cdef class Plan:
+    cdef plan_t plan
+    cdef list keep               # ports, switch and lanes that the plan points into
+    cdef readonly list owned     # (port, endpoint index) of each endpoint
+
+    cdef endpoint_t* _endpoint(self, Port port, int index) except NULL
+    cdef int _own(self, Port port, int index) except -1
+
+cdef class Worker:
+    cdef worker_t* worker
+    cdef readonly Mailbox mailbox
+    cdef readonly object cpu
+    cdef Plan _plan
+    cdef Offload _offload

@@ -1,0 +1,359 @@
+"""The worker loop; the only place that gives up the GIL for long."""
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.errno cimport errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+from vq_core.arch cimport vq_cycles, vq_load_u32, vq_pause, vq_store_release_u32
+from vq_core.counters cimport DROP_NO_DESCRIPTORS
+from vq_core.handover cimport Mailbox, handover_run, mailbox_drain, mailbox_poll, mailbox_t
+from vq_core.offload cimport Offload, offload_push, offload_t
+from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, Port, burst_t, endpoint_t, packet_t
+from vq_core.switch cimport Switch, SwitchLane, switch_forward
+
+import os
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags) noexcept
+    int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept
+    int epoll_wait(int epfd, epoll_event* events, int max, int timeout) noexcept
+    int EPOLL_CTL_ADD, EPOLLIN, EPOLL_CLOEXEC
+    uint32_t EPOLLET
+
+cdef enum:
+    IDLE_ROUNDS = 64             # empty rounds before the clock decides about sleeping
+    IDLE_CYCLES = 150000         # about 50 microseconds: longer than a busy peer's gaps
+
+
+# ---- one flow ----
+
+cdef inline int _push(worker_t* worker, flow_t* flow, packet_t* packets, int count, uint32_t wants) noexcept nogil:
+    if wants & ~flow.target.accepts:
+        return offload_push(worker.offload, flow.target, packets, count)
+    return flow.target.push(flow.target, packets, count)
+
+
+cdef inline int _deliver(worker_t* worker, flow_t* flow, burst_t* burst, int first) noexcept nogil:
+    """Push and release packets `first` and up; where it stopped for want of room (burst.count: all done)."""
+    cdef endpoint_t* source = flow.source
+    cdef int count = burst.count, size, done
+    while first < count:
+        size = min(flow.step, count - first)
+        done = _push(worker, flow, &burst.packets[first], size, burst.wants)
+        first += done
+        if done < size:
+            if flow.held != NULL:
+                break
+            flow.target.pushed.dropped[DROP_NO_DESCRIPTORS] += count - first
+            first = count
+        source.release(source, burst, first)
+    return first
+
+
+cdef int _run_flow(worker_t* worker, flow_t* flow) noexcept nogil:
+    """One round of a flow; number of packets that moved."""
+    cdef endpoint_t* source = flow.source
+    cdef endpoint_t* target = flow.target
+    cdef burst_t* burst = &worker.burst
+    cdef int count, first = 0, limit = BURST_MAX
+    if flow.held != NULL:
+        burst = flow.held
+        if target != NULL:
+            limit = min(limit, target.room(target))
+            flow.waiting = limit <= 0
+            if flow.waiting:
+                return 0
+    if flow.held_at >= 0:
+        first = flow.held_at
+    elif source.pull(source, burst, limit) == 0:
+        return 0
+    count = burst.count - first
+    if target == NULL:
+        switch_forward(flow.via, flow.lane, burst, flow.source_port, worker.offload, worker.rounds)
+        source.release(source, burst, burst.count)
+        source.flush(source)
+        return count
+    first = _deliver(worker, flow, burst, first)
+    if first < <int>burst.count:
+        count -= burst.count - first
+        flow.held_at = first
+        flow.waiting = True
+    else:
+        flow.held_at = -1
+    target.flush(target)
+    if source != target:
+        source.flush(source)
+    return count
+
+
+# ---- the loop ----
+
+cdef int _arm_all(plan_t* plan) noexcept nogil:
+    """Ask for wake-ups; non-zero if something is to be done already."""
+    cdef int i, work = 0
+    cdef flow_t* flow
+    for i in range(plan.flow_count):
+        flow = &plan.flows[i]
+        if flow.waiting:
+            work |= flow.target.arm(flow.target, ARM_PUSH)
+        elif flow.held_at < 0:
+            work |= flow.source.arm(flow.source, ARM_PULL)
+    return work
+
+
+cdef void _sleep(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
+    cdef epoll_event events[16]
+    cdef int i
+    for i in range(worker.plan.endpoint_count):
+        worker.plan.endpoints[i].flush(worker.plan.endpoints[i])
+    if _arm_all(worker.plan):
+        return
+    # The mailbox's eventfd is watched too: a command that comes now ends the wait at once.
+    if vq_load_u32(&mailbox.posted) != mailbox.done:
+        return
+    worker.sleeps += 1
+    epoll_wait(worker.epoll_fd, events, 16, -1)
+
+
+cdef void _loop(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
+    cdef int i, work, empty = 0
+    cdef uint64_t now, last = vq_cycles(), idle_since = last
+    cdef plan_t* plan
+    while True:
+        mailbox_poll(mailbox)
+        if worker.stopping:
+            break
+        plan = worker.plan
+        work = 0
+        for i in range(plan.flow_count):
+            work += _run_flow(worker, &plan.flows[i])
+        now = vq_cycles()
+        worker.rounds += 1
+        if work:
+            worker.busy_cycles += now - last
+            empty = 0
+        else:
+            worker.idle_cycles += now - last
+            worker.empty_rounds += 1
+            if empty == 0:
+                idle_since = now
+            empty += 1
+            vq_pause()
+            if empty > IDLE_ROUNDS and not worker.busy and now - idle_since > IDLE_CYCLES:
+                _sleep(worker, mailbox)
+                now = vq_cycles()
+                empty = 0
+        last = now
+
+
+# ---- changes, run at a burst boundary ----
+
+cdef bint _in_plan(plan_t* plan, endpoint_t* endpoint) noexcept nogil:
+    cdef int i
+    for i in range(plan.endpoint_count):
+        if plan.endpoints[i] == endpoint:
+            return True
+    return False
+
+
+cdef void _keep_held(plan_t* old, plan_t* new) noexcept nogil:
+    """Hand packets that wait for room over to the same flow of the new plan; release the others."""
+    cdef int i, j
+    cdef flow_t* flow
+    cdef flow_t* heir
+    for i in range(old.flow_count):
+        flow = &old.flows[i]
+        if flow.held_at < 0:
+            continue
+        heir = NULL
+        for j in range(new.flow_count):
+            if new.flows[j].source == flow.source and new.flows[j].target == flow.target:
+                heir = &new.flows[j]
+        if heir != NULL:
+            heir.held, flow.held = flow.held, heir.held
+            heir.held_at = flow.held_at
+            heir.waiting = True
+        else:
+            flow.target.pushed.dropped[DROP_NO_DESCRIPTORS] += flow.held.count - flow.held_at
+            flow.source.release(flow.source, flow.held, flow.held.count)
+        flow.held_at = -1
+
+
+cdef void _change_plan(void* target, void* argument) noexcept nogil:
+    cdef worker_t* worker = <worker_t*>target
+    cdef plan_t* old = worker.plan
+    cdef plan_t* new = <plan_t*>argument
+    cdef int i
+    _keep_held(old, new)
+    for i in range(old.endpoint_count):
+        if not _in_plan(new, old.endpoints[i]):
+            old.endpoints[i].attach(old.endpoints[i], -1)
+    for i in range(new.endpoint_count):
+        if not _in_plan(old, new.endpoints[i]):
+            new.endpoints[i].attach(new.endpoints[i], worker.epoll_fd)
+    worker.plan = new
+
+
+cdef void _stop(void* target, void* argument) noexcept nogil:
+    (<worker_t*>target).stopping = True
+
+
+cdef class Plan:
+    """All flows of one worker, immutable.
+
+    Parameters
+    ----------
+    flows : sequence of (source, source_index, target, target_index)
+        `source` is a Port; `target` a Port, or a SwitchLane and then `target_index` is the index of the source's
+        port in the switch. Indices are endpoints (queue pairs).
+    """
+
+    def __cinit__(self, flows=()):
+        cdef int i = 0
+        cdef flow_t* flow
+        cdef Port source, target
+        cdef SwitchLane lane
+        flows = list(flows)
+        self.keep = []
+        self.owned = []
+        self.plan.flows = <flow_t*>calloc(len(flows) + 1, sizeof(flow_t))
+        if self.plan.flows == NULL:
+            raise MemoryError("plan")
+        for source, source_index, target_object, target_index in flows:
+            flow = &self.plan.flows[i]
+            flow.source = self._endpoint(source, source_index)
+            flow.held_at = -1
+            flow.step = BURST_MAX
+            if isinstance(target_object, SwitchLane):
+                lane = target_object
+                flow.via = &lane.switch.table
+                flow.lane = &lane.lane
+                flow.source_port = target_index
+                self.keep.append(lane)
+                for member, member_index in lane.members:
+                    self._own(member, member_index)
+            else:
+                target = target_object
+                flow.target = self._endpoint(target, target_index)
+                self._own(target, target_index)
+                if not flow.source.holds and not flow.target.holds:
+                    flow.step = SUB_BURST
+                if flow.source.holds:
+                    flow.held = <burst_t*>calloc(1, sizeof(burst_t))
+                    if flow.held == NULL:
+                        raise MemoryError("plan")
+            self._own(source, source_index)
+            i += 1
+            self.plan.flow_count = i
+        self.plan.endpoints = <endpoint_t**>calloc(len(self.owned) + 1, sizeof(endpoint_t*))
+        if self.plan.endpoints == NULL:
+            raise MemoryError("plan")
+        for i in range(len(self.owned)):
+            source, source_index = self.owned[i]
+            self.plan.endpoints[i] = self._endpoint(source, source_index)
+        self.plan.endpoint_count = len(self.owned)
+
+    cdef endpoint_t* _endpoint(self, Port port, int index) except NULL:
+        if not 0 <= index < port.endpoint_count:
+            raise IndexError(f"{port.name}: endpoint {index} of {port.endpoint_count}")
+        return port.endpoints[index]
+
+    cdef int _own(self, Port port, int index) except -1:
+        if not any(owner is port and number == index for owner, number in self.owned):
+            self.owned.append((port, index))
+            self.keep.append(port)
+        return 0
+
+    def __dealloc__(self):
+        cdef int i
+        if self.plan.flows != NULL:
+            for i in range(self.plan.flow_count):
+                free(self.plan.flows[i].held)
+        free(self.plan.flows)
+        free(self.plan.endpoints)
+
+
+cdef class Worker:
+    """A thread's work: call `run` in a thread of its own, and change what it does from the control thread.
+
+    Parameters
+    ----------
+    cpu : int, optional
+        The processor to stay on; None leaves it to the kernel.
+    poll : {"adaptive", "busy"}
+        Sleep when there is nothing to do, or never.
+
+    Notes
+    -----
+    Threading: `run` blocks without the GIL until `stop`. All else is for the control thread.
+    """
+
+    def __cinit__(self, cpu=None, poll="adaptive"):
+        cdef epoll_event event
+        if poll not in ("adaptive", "busy"):
+            raise ValueError(f"poll is {poll!r}; adaptive and busy are possible")
+        self.worker = <worker_t*>calloc(1, sizeof(worker_t))
+        if self.worker == NULL:
+            raise MemoryError("worker")
+        self.worker.epoll_fd = -1
+        self.mailbox = Mailbox()
+        self.cpu = cpu
+        self._plan = Plan()
+        self._offload = Offload()
+        self.worker.plan = &self._plan.plan
+        self.worker.offload = &self._offload.work
+        self.worker.busy = poll == "busy"
+        self.worker.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        memset(&event, 0, sizeof(event))
+        event.events = EPOLLIN | EPOLLET
+        if self.worker.epoll_fd < 0 or epoll_ctl(self.worker.epoll_fd, EPOLL_CTL_ADD, self.mailbox.box.event_fd, &event):
+            PyErr_SetFromErrno(OSError)
+        self.mailbox.box.epoll_fd = self.worker.epoll_fd
+
+    def __dealloc__(self):
+        if self.worker != NULL:
+            if self.worker.epoll_fd >= 0:
+                os.close(self.worker.epoll_fd)
+            free(self.worker)
+
+    def run(self):
+        """Move packets until `stop`; for a thread of its own, which is bound to `cpu`."""
+        if self.cpu is not None:
+            os.sched_setaffinity(0, {self.cpu})
+        with nogil:
+            vq_store_release_u32(&self.mailbox.box.running, 1)
+            _loop(self.worker, &self.mailbox.box)
+            # From here on posters drain the mailbox themselves.
+            vq_store_release_u32(&self.mailbox.box.running, 0)
+
+    def stop(self):
+        """End `run` at its next burst boundary."""
+        handover_run(self.mailbox, _stop, self.worker, NULL)
+
+    def set_plan(self, Plan plan not None):
+        """Swap the flows; when this returns, endpoints that are in the old plan alone are nobody's.
+
+        An endpoint that another worker has must be taken out of that worker's plan first.
+        """
+        cdef Plan old = self._plan
+        for port, index in plan.owned:
+            owner = (<Port>port).mailboxes[index]
+            if owner is not None and owner is not self.mailbox:
+                raise ValueError(f"{port.name}: endpoint {index} belongs to another worker")
+        handover_run(self.mailbox, _change_plan, self.worker, &plan.plan)
+        self._plan = plan
+        for port, index in plan.owned:
+            (<Port>port).adopt(index, self.mailbox)
+        for port, index in old.owned:
+            if not any(owner is port and number == index for owner, number in plan.owned):
+                (<Port>port).adopt(index, None)
+
+    def snapshot(self):
+        """dict: cpu, rounds, empty_rounds, busy_cycles, idle_cycles, sleeps since the start."""
+        return {"cpu": self.cpu, "rounds": self.worker.rounds, "empty_rounds": self.worker.empty_rounds,
+                "busy_cycles": self.worker.busy_cycles, "idle_cycles": self.worker.idle_cycles, "sleeps": self.worker.sleeps}
