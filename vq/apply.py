@@ -1,0 +1,219 @@
+"""Effects of a session become changes of vq_core objects: memory maps, rings, the dirty log."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from vq import effects as e
+from vq import virtio as v
+from vq.device import Device
+from vq.errors import FrontendError
+from vq_core.dirty import DirtyLog
+from vq_core.memory import MemoryMap
+
+__all__ = ["Applier"]
+
+logger = logging.getLogger(__name__)
+
+
+class Applier:
+    """Carries out the effects of one connection on a device.
+
+    Parameters
+    ----------
+    device
+        Whose queues are changed, and whose hooks are called.
+    changed
+        Called after a ring was started, stopped, enabled or disabled.
+
+    Notes
+    -----
+    An effect is complete when the call returns: each change of a queue waits until its worker has passed a burst
+    boundary, so that what it replaced is not used any more and is unmapped here.
+    """
+
+    def __init__(self, device: Device, changed: Callable[[], None] = lambda: None) -> None:
+        self.device = device
+        self.changed = changed
+        self.features = 0
+        self.memory: MemoryMap | None = None
+        self.log: DirtyLog | None = None
+        self.rings: dict[int, e.RingConfig] = {}
+
+    def __call__(self, effect: e.Effect) -> Any:
+        try:
+            return self._table[type(effect)](self, effect)
+        except ValueError as error:
+            # What vq_core refuses is what the front-end sent; the session adds which message it was.
+            raise FrontendError(type(effect).__name__, "value", error, "see the message") from error
+
+    # -- memory --
+
+    def _set_memory(self, effect: e.SetMemory) -> None:
+        regions = [(r.guest_addr, r.size, r.user_addr, r.mmap_offset, r.fd) for r in effect.regions]
+        self._publish(MemoryMap(regions) if regions else None)
+
+    def _add_region(self, effect: e.AddRegion) -> None:
+        r = effect.region
+        region = (r.guest_addr, r.size, r.user_addr, r.mmap_offset, r.fd)
+        self._publish(MemoryMap([region]) if self.memory is None else self.memory.plus(region))
+
+    def _remove_region(self, effect: e.RemoveRegion) -> None:
+        r = effect.region
+        if self.memory is not None:
+            try:
+                rest = self.memory.minus(r.guest_addr, r.size, r.user_addr)
+            except KeyError as error:
+                raise ValueError(str(error)) from error
+            self._publish(rest)
+
+    def _publish(self, memory: MemoryMap | None) -> None:
+        """Move all started rings over; a ring that does not lie in the new memory is stopped."""
+        for index in self.rings:
+            queue = self.device.queues[index]
+            if not queue.started:
+                continue
+            try:
+                if memory is None:
+                    raise ValueError("no memory is left")
+                queue.set_memory(memory)
+            except ValueError as error:
+                logger.warning("device=%s queue=%d stopped=%r", self.device.name, index, str(error))
+                queue.stop()
+                self._signal(self.rings[index].err_fd)
+                self.changed()
+        self.memory = memory
+
+    # -- rings --
+
+    def _start_ring(self, effect: e.StartRing) -> None:
+        ring = effect.ring
+        if self.memory is None:
+            raise ValueError("no memory table has been set")
+        self.device.queues[ring.index].start(
+            self.memory, ring.num, ring.desc, ring.avail, ring.used, ring.base, self.features,
+            kick_fd=ring.kick_fd, call_fd=ring.call_fd, err_fd=ring.err_fd, enabled=ring.enabled,
+            log=self._active_log(), log_guest_addr=self._log_guest_addr(ring), in_order=self.device.in_order,
+        )  # fmt: skip
+        self.rings[ring.index] = ring
+        self.changed()
+
+    def _stop_ring(self, effect: e.StopRing) -> int:
+        base = int(self.device.queues[effect.index].stop())
+        self.rings.pop(effect.index, None)
+        self.changed()
+        return base
+
+    def _enable_ring(self, effect: e.EnableRing) -> None:
+        self.device.queues[effect.index].set_enabled(effect.enabled)
+        self.changed()
+
+    def _set_kick(self, effect: e.SetKick) -> None:
+        self.device.queues[effect.index].set_kick(effect.fd)
+
+    def _set_call(self, effect: e.SetCall) -> None:
+        self.device.queues[effect.index].set_call(effect.fd)
+
+    def _set_err(self, effect: e.SetErr) -> None:
+        self.device.queues[effect.index].set_err(effect.fd)
+        if effect.index in self.rings:
+            self.rings[effect.index] = replace(self.rings[effect.index], err_fd=effect.fd)
+
+    def _signal_err(self, effect: e.SignalErr) -> None:
+        self._signal(effect.fd)
+
+    @staticmethod
+    def _signal(fd: int | None) -> None:
+        if fd is not None:
+            with suppress(OSError):  # a full counter or a closed pipe: nothing more can be told
+                os.write(fd, (1).to_bytes(8, "little"))
+
+    def _kick(self, effect: e.Kick) -> None:
+        """A kick that came as a message: re-installing the kick descriptor makes the worker look again."""
+        ring = self.rings.get(effect.index)
+        if ring is not None:
+            self.device.queues[effect.index].set_kick(ring.kick_fd)
+
+    # -- features and log --
+
+    def _set_features(self, effect: e.SetFeatures) -> None:
+        log_changed = (self.features ^ effect.features) >> v.VHOST_F_LOG_ALL & 1
+        self.features = effect.features
+        self.device.set_features(effect.features)
+        if log_changed:
+            self._relog()
+
+    def _set_ring_addresses(self, effect: e.SetRingAddresses) -> None:
+        ring = self.rings.get(effect.index)
+        if ring is not None:
+            ring = replace(ring, flags=effect.flags, log_guest_addr=effect.log_guest_addr)
+            self.rings[effect.index] = ring
+            self.device.queues[effect.index].set_log(self._active_log(), self._log_guest_addr(ring))
+
+    def _set_log(self, effect: e.SetLog) -> None:
+        self.log = DirtyLog(effect.fd, effect.size, effect.offset)
+        self._relog()
+
+    def _clear_log(self, effect: e.ClearLog) -> None:
+        self.log = None
+        self._relog()
+
+    def _relog(self) -> None:
+        for index, ring in self.rings.items():
+            self.device.queues[index].set_log(self._active_log(), self._log_guest_addr(ring))
+
+    def _active_log(self) -> DirtyLog | None:
+        return self.log if v.has(self.features, v.VHOST_F_LOG_ALL) else None
+
+    @staticmethod
+    def _log_guest_addr(ring: e.RingConfig) -> int | None:
+        return ring.log_guest_addr if ring.flags & v.VHOST_VRING_F_LOG else None
+
+    # -- the device's own --
+
+    def _set_mtu(self, effect: e.SetMtu) -> None:
+        self.device.set_mtu(effect.mtu)
+
+    def _send_rarp(self, effect: e.SendRarp) -> None:
+        self.device.send_rarp(effect.mac)
+
+    def _set_status(self, effect: e.SetStatus) -> None:
+        self.device.set_status(effect.status)
+
+    def _reset(self, effect: e.ResetDevice) -> None:
+        self.device.reset()
+
+    def _read_config(self, effect: e.ConfigRead) -> bytes:
+        return self.device.read_config(effect.offset, effect.size)
+
+    def _write_config(self, effect: e.ConfigWrite) -> None:
+        self.device.write_config(effect.offset, effect.data, migration=effect.migration)
+
+    _table: dict[type, Callable[..., Any]] = {
+        e.SetMemory: _set_memory,
+        e.AddRegion: _add_region,
+        e.RemoveRegion: _remove_region,
+        e.StartRing: _start_ring,
+        e.StopRing: _stop_ring,
+        e.EnableRing: _enable_ring,
+        e.SetKick: _set_kick,
+        e.SetCall: _set_call,
+        e.SetErr: _set_err,
+        e.SignalErr: _signal_err,
+        e.Kick: _kick,
+        e.SetFeatures: _set_features,
+        e.SetRingAddresses: _set_ring_addresses,
+        e.SetLog: _set_log,
+        e.ClearLog: _clear_log,
+        e.SetMtu: _set_mtu,
+        e.SendRarp: _send_rarp,
+        e.SetStatus: _set_status,
+        e.ResetDevice: _reset,
+        e.ConfigRead: _read_config,
+        e.ConfigWrite: _write_config,
+    }

@@ -1,0 +1,254 @@
+"""The back-end: one device behind one socket, for any event loop.
+
+A back-end waits for a front-end (listening, or connecting again and again), serves one connection at a time by a
+`Session`, and forgets everything of it when it ends; then it waits for the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+from vq.apply import Applier
+from vq.device import Device
+from vq.errors import ConnectionClosed, PeerError, ResourceError, UsageError, VqError
+from vq.session import Session
+from vq.endpoint import Connector, Listener, adopt, listen
+from vq.transport import Connection
+from vq_core.timer import Timer
+
+__all__ = ["Backend"]
+
+logger = logging.getLogger(__name__)
+
+MESSAGES_MAX: Final = 64  # served in one go, so that one front-end's flood does not delay the others
+PAUSE_S: Final = 0.1  # until the next accept after one that failed for want of descriptors
+
+
+class Backend:
+    """Hosts a device on a vhost-user socket.
+
+    Parameters
+    ----------
+    device
+        The device; its queues live as long as it, whoever is connected.
+    path
+        Socket path.
+    client
+        Connect to `path` (and reconnect) instead of listening on it.
+    fd
+        An inherited socket, listening or connected, instead of `path`; never unlinked.
+    mode
+        Permission bits of the socket file when listening.
+    changed
+        Called after a ring was started, stopped, enabled or disabled, and when a connection begins or ends.
+
+    Raises
+    ------
+    UsageError
+        Not exactly one of `path` and `fd` is given, or `fd` is no Unix stream socket.
+    ResourceError
+        The socket cannot be made: it is in use, there is no permission, the path is too long.
+
+    Notes
+    -----
+    Event loops wait until `fileno()` is readable and call `dispatch()`. Threading: one control thread. Spec: vhost-user,
+    "Communication", "Back-end program conventions".
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        path: str | None = None,
+        client: bool = False,
+        fd: int | None = None,
+        mode: int | None = None,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        if (path is None) == (fd is None):
+            raise UsageError("a back-end needs either a socket path or an inherited descriptor")
+        self.device = device
+        self.path = path if path is not None else f"fd {fd}"
+        self.connections = 0
+        self._changed = changed
+        self._listener: Listener | None = None
+        self._connector: Connector | None = None
+        self._connection: Connection | None = None
+        self._session: Session | None = None
+        self._applier: Applier | None = None
+        self._one_connection = False
+        self.closed = False
+        self._epoll = select.epoll()
+        self._timer = Timer()
+        self._epoll.register(self._timer.fileno(), select.EPOLLIN)
+        try:
+            if fd is not None:
+                taken = adopt(fd)
+                if isinstance(taken, Connection):
+                    self._one_connection = True
+                    self._begin(taken)
+                else:
+                    self._listener = taken
+            elif client:
+                assert path is not None
+                self._connector = Connector(path)
+                self._connect()
+            else:
+                assert path is not None
+                self._listener = listen(path, mode=mode)
+            if self._listener is not None:
+                self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor to wait for: readable when `dispatch` has something to do."""
+        return self._epoll.fileno()
+
+    @property
+    def state(self) -> str:
+        """"listening", "connecting", "connected" (no ring started), "running" or "closed"."""
+        if self._session is not None:
+            return "connected" if self._session.suspended else "running"
+        if self.closed or (self._listener is None and self._connector is None):
+            return "closed"
+        return "listening" if self._listener is not None else "connecting"
+
+    @property
+    def features(self) -> int:
+        """Acknowledged virtio features of the present connection; 0 without one."""
+        return self._session.features if self._session is not None else 0
+
+    def dispatch(self) -> None:
+        """Serve what is there, without waiting; never raises for what a peer did."""
+        for fd, events in self._epoll.poll(0):
+            if fd == self._timer.fileno():
+                self._timer.clear()
+                self._on_timer()
+            elif self._listener is not None and fd == self._listener.fileno():
+                self._accept()
+            elif self._connection is not None and fd == self._connection.fileno():
+                self._serve(self._connection, events)
+
+    def check_memory(self) -> None:
+        """End the connection if its owner truncated the memory under us."""
+        if self._applier is not None and self._applier.memory is not None and self._applier.memory.lost:
+            self._end("the front-end truncated the memory that it shares; keep memory files at their size")
+
+    def disconnect(self) -> None:
+        """End the present connection; the back-end goes on waiting for the next."""
+        self._end("closed by us")
+
+    def close(self) -> None:
+        """End the connection, stop listening, release everything; may be called twice."""
+        if self.closed:
+            return
+        self.closed = True
+        self._end("closed by us")
+        if self._listener is not None:
+            self._listener.close()
+        self._timer.close()
+        self._epoll.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # -- connections --
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection = self._listener.accept()
+        except ResourceError as error:
+            # The waiting connection would wake us again at once: look away for a moment.
+            logger.warning("device=%s error=%r", self.device.name, str(error))
+            self._epoll.unregister(self._listener.fileno())
+            self._timer.set(PAUSE_S)
+            return
+        if connection is None:
+            return
+        if self._connection is not None:
+            logger.warning("device=%s refused=%r", self.device.name, "a second front-end; one is connected already")
+            connection.close()
+            return
+        self._begin(connection)
+
+    def _on_timer(self) -> None:
+        if self._connector is not None and self._connection is None:
+            self._connect()
+        elif self._listener is not None:
+            try:
+                self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+            except FileExistsError:
+                pass
+
+    def _connect(self) -> None:
+        assert self._connector is not None
+        wait = self._connector.next_attempt_in()
+        connection = self._connector.attempt() if wait <= 0 else None
+        if connection is not None:
+            self._begin(connection)
+        else:
+            self._timer.set(self._connector.next_attempt_in())
+
+    def _begin(self, connection: Connection) -> None:
+        self._connection = connection
+        self._applier = Applier(self.device, self._changed)
+        self._session = Session(self.device.offer, self._applier)
+        self.connections += 1
+        self._epoll.register(connection.fileno(), select.EPOLLIN)
+        logger.info("device=%s connected=%s", self.device.name, self.path)
+        self._changed()
+
+    def _end(self, reason: str) -> None:
+        """Forget the connection and everything that came by it."""
+        connection, session = self._connection, self._session
+        self._connection = self._session = self._applier = None
+        if session is not None:
+            session.close()
+            self.device.reset()
+        if connection is not None:
+            logger.info("device=%s disconnected=%r", self.device.name, reason)
+            self._epoll.unregister(connection.fileno())
+            connection.close()
+            self._changed()
+        if self._connector is not None and not self.closed and connection is not None:
+            self._connector.lost()
+            self._timer.set(self._connector.next_attempt_in())
+
+    def _serve(self, connection: Connection, events: int) -> None:
+        session = self._session
+        assert session is not None
+        try:
+            if events & select.EPOLLOUT:
+                connection.flush()
+            if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                for _ in range(MESSAGES_MAX):
+                    message = connection.receive()
+                    if message is None:
+                        break
+                    logger.debug("device=%s message=%r", self.device.name, message)
+                    reply = session.receive(message)
+                    if reply is not None:
+                        connection.send(reply)
+            self._epoll.modify(connection.fileno(), select.EPOLLIN | (select.EPOLLOUT if connection.wants_write else 0))
+        except ConnectionClosed as end:
+            self._end(str(end))
+        except PeerError as error:
+            logger.warning("device=%s error=%r", self.device.name, str(error))
+            self._end("protocol error")
+        except (VqError, OSError) as error:
+            logger.warning("device=%s error=%r", self.device.name, str(error))
+            self._end("could not go on")
+        except Exception:
+            # A defect of ours or of a device's hook ends this connection, not the process.
+            logger.exception("device=%s", self.device.name)
+            self._end("internal error")

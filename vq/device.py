@@ -1,0 +1,59 @@
+"""What a virtio device is to the back-end: what it offers, its queues, and hooks for what the front-end says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vq.errors import FrontendError
+from vq.offer import Offer
+from vq_core.queue import Queue
+
+__all__ = ["Device"]
+
+
+class Device:
+    """Base of all devices: subclasses set the attributes and override the hooks that they need.
+
+    Attributes
+    ----------
+    name : str
+        For people: log lines and errors.
+    offer : Offer
+        What every front-end that connects is offered; never shrinks.
+    queues : sequence of vq_core.queue.Queue
+        The virtqueues by index; as many as `offer.queue_count`.
+    in_order : bool
+        Requests are completed in order and none outlives a crash, so that a ring resumes at its used index.
+
+    Notes
+    -----
+    Threading: hooks are called by the control thread, one at a time.
+    """
+
+    name: str
+    offer: Offer
+    queues: Sequence[Queue]
+    in_order = False
+
+    def set_features(self, features: int) -> None:
+        """The front-end acknowledged these virtio features (SET_FEATURES)."""
+
+    def set_status(self, status: int) -> None:
+        """The driver's device status byte changed (SET_STATUS)."""
+
+    def set_mtu(self, mtu: int) -> None:
+        """The front-end set the MTU, 68 to 65535 bytes (NET_SET_MTU)."""
+
+    def send_rarp(self, mac: bytes) -> None:
+        """Announce a MAC address to the network (SEND_RARP)."""
+
+    def reset(self) -> None:
+        """Bring internal state back to its beginning (RESET_DEVICE); all rings are stopped."""
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """`size` bytes of the configuration space from `offset`, which lie inside it (GET_CONFIG)."""
+        return bytes(size)
+
+    def write_config(self, offset: int, data: bytes, *, migration: bool) -> None:
+        """Write to the configuration space (SET_CONFIG); raises FrontendError for read-only fields."""
+        raise FrontendError("SET_CONFIG", "offset", offset, f"device {self.name} has no writable field")

@@ -1,0 +1,1 @@
+"""The devices that ship with vq: one file a device type."""

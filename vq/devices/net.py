@@ -1,0 +1,75 @@
+"""The network device (VIRTIO 1.3, 5.1): what it offers, and its port into the pump."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vq import virtio as v
+from vq.device import Device
+from vq.offer import Offer
+from vq_core.ports.vhost import VhostPort
+
+__all__ = ["NetDevice"]
+
+FEATURES: Final = v.mask(
+    v.VIRTIO_NET_F_CSUM, v.VIRTIO_NET_F_GUEST_CSUM, v.VIRTIO_NET_F_MTU,
+    v.VIRTIO_NET_F_GUEST_TSO4, v.VIRTIO_NET_F_GUEST_TSO6, v.VIRTIO_NET_F_GUEST_ECN, v.VIRTIO_NET_F_GUEST_UFO,
+    v.VIRTIO_NET_F_HOST_TSO4, v.VIRTIO_NET_F_HOST_TSO6, v.VIRTIO_NET_F_HOST_ECN, v.VIRTIO_NET_F_HOST_UFO,
+    v.VIRTIO_NET_F_GUEST_USO4, v.VIRTIO_NET_F_GUEST_USO6, v.VIRTIO_NET_F_HOST_USO,
+    v.VIRTIO_NET_F_MRG_RXBUF, v.VIRTIO_NET_F_GUEST_ANNOUNCE, v.VIRTIO_NET_F_MQ,
+    v.VIRTIO_F_ANY_LAYOUT, v.VIRTIO_F_INDIRECT_DESC, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_F_VERSION_1, v.VIRTIO_F_IN_ORDER,
+    v.VHOST_F_LOG_ALL, v.VHOST_USER_F_PROTOCOL_FEATURES,
+)  # fmt: skip
+
+PROTOCOL_FEATURES: Final = v.mask(
+    v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_LOG_SHMFD, v.VHOST_USER_PROTOCOL_F_RARP,
+    v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_MTU, v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+    v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_STATUS,
+)  # fmt: skip
+
+
+class NetDevice(Device):
+    """A vhost-user-net device whose packets go through a `VhostPort`.
+
+    Parameters
+    ----------
+    name
+        For people, and in the pump's counters.
+    pairs
+        Queue pairs that are offered, 1 to 128.
+    report_fd
+        Eventfd that is signalled when a guest breaks a queue.
+    mtu
+        Longest packet towards the guest in bytes, without the Ethernet header, until the front-end says otherwise.
+
+    Notes
+    -----
+    The control queue stays with the front-end (QEMU, virtio-user and cloud-hypervisor keep it), so CTRL_VQ is not
+    offered. CONFIG is not offered either: these front-ends make the configuration space themselves.
+    """
+
+    in_order = True
+
+    def __init__(self, name: str, *, pairs: int = 8, report_fd: int | None = None, mtu: int | None = None) -> None:
+        self.name = name
+        self.port = VhostPort(name, pairs, report_fd)
+        self.queues = self.port.queues
+        self.offer = Offer(FEATURES, PROTOCOL_FEATURES, queue_count=2 * pairs, queue_num_answer=pairs)
+        self._default_mtu = self._mtu = mtu
+        self._features = 0
+
+    def set_features(self, features: int) -> None:
+        self._features = features
+        self.port.configure(features, self._mtu)
+
+    def set_mtu(self, mtu: int) -> None:
+        self._mtu = mtu
+        self.port.configure(self._features, mtu)
+
+    def send_rarp(self, mac: bytes) -> None:
+        self.port.announce(mac)
+
+    def reset(self) -> None:
+        self._features = 0
+        self._mtu = self._default_mtu
+        self.port.configure(0, self._mtu)

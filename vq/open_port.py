@@ -1,0 +1,163 @@
+"""From a PORT argument to an open port: the vq_core object, and for vhost the back-end that serves its socket."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any, Final
+
+from vq import virtio as v
+from vq.backend import Backend
+from vq.devices.net import NetDevice
+from vq.errors import ResourceError, UsageError
+from vq.ports import PortSpec
+from vq_core.port import Port
+from vq_core.ports.gen import GenPort
+from vq_core.ports.null import NullPort
+
+__all__ = ["OpenPort", "open_port"]
+
+
+class OpenPort:
+    """A port of a pump, open.
+
+    Attributes
+    ----------
+    name, kind : str
+    port : vq_core.port.Port
+    backend : Backend or None
+        For a vhost port.
+    """
+
+    def __init__(self, name: str, kind: str, port: Port, backend: Backend | None = None, close: Callable[[], None] | None = None) -> None:
+        self.name = name
+        self.kind = kind
+        self.port = port
+        self.backend = backend
+        self._close = close
+
+    @property
+    def finished(self) -> bool:
+        """Whether no packet will ever come from this port again."""
+        return not self.port.sources or bool(self.port.finished)
+
+    def close(self) -> None:
+        """Release what the port holds of the system; its endpoints are nobody's by now."""
+        if self.backend is not None:
+            self.backend.close()
+        if self._close is not None:
+            self._close()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Kind, state and counters."""
+        result: dict[str, Any] = {"kind": self.kind}
+        if self.backend is None:
+            result["state"] = "finished" if self.port.sources and self.finished else "open"
+        else:
+            result["state"] = self.backend.state
+            result["connections"] = self.backend.connections
+            result["features"] = v.feature_names(self.backend.features, v.DeviceId.NET)
+        result.update(self.port.snapshot())
+        if self.backend is not None:
+            result["queues"] = [
+                {"name": queue.name, **queue.snapshot()} for queue in self.backend.device.queues if queue.num
+            ]
+        return result
+
+
+def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
+    device = NetDevice(spec.name, pairs=spec.number("queues"), report_fd=report_fd, mtu=spec.maybe_number("mtu"))
+    backend = Backend(device, path=spec.target, client=spec.flag("client"), mode=spec.maybe_number("mode"), changed=changed)
+    return OpenPort(spec.name, spec.kind, device.port, backend)
+
+
+def _open_tap(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
+    from vq import netlink  # pyroute2 is slow to import
+    from vq_core.ports.tap import TapPort
+
+    try:
+        port = TapPort(spec.name, spec.target, queues=spec.number("queues"))
+    except OSError as error:
+        raise ResourceError("cannot open the TAP", errno=error.errno or 0, path=spec.target, remedy=_tap_remedy(error)) from error
+    try:
+        mtu = spec.maybe_number("mtu")
+        if mtu is not None:
+            netlink.set_mtu(spec.target, mtu)
+        netlink.set_up(spec.target)
+    except BaseException:
+        port.close()
+        raise
+    return OpenPort(spec.name, spec.kind, port, close=port.close)
+
+
+def _tap_remedy(error: OSError) -> str:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return "run with CAP_NET_ADMIN, or make it for your user: ip tuntap add NAME mode tap user $USER"
+    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return "load the tun module (modprobe tun); in a container, pass /dev/net/tun in"
+    if error.errno == errno.EBUSY:
+        return "another process uses it; stop that or choose another name"
+    if error.errno == errno.EINVAL:
+        return "it exists with other settings: for queues=2 and more make it with multi_queue, for one without"
+    return "see ip -details link show"
+
+
+def _open_pcap(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
+    from vq_core.ports.pcap import PcapPort
+
+    try:
+        if spec.flag("write"):
+            port = PcapPort(spec.name, spec.target, write=True, snaplen=spec.number("snaplen"))
+        else:
+            port = PcapPort(spec.name, spec.target, speed=spec.real("speed"), loop=spec.number("loop"))
+    except OSError as error:
+        remedy = "check the path and its permissions"
+        raise ResourceError("cannot open the capture file", errno=error.errno or 0, path=spec.target, remedy=remedy) from error
+    return OpenPort(spec.name, spec.kind, port, close=port.close)
+
+
+def _open_null(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
+    return OpenPort(spec.name, spec.kind, NullPort(spec.name, copy=spec.flag("copy"), endpoints=lanes))
+
+
+def _open_gen(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
+    count, rate = spec.maybe_number("count"), spec.maybe_number("rate")
+    # Both are said of the whole port, so one endpoint keeps them.
+    endpoints = lanes if count is None and rate is None else 1
+    return OpenPort(spec.name, spec.kind, GenPort(spec.name, spec.number("size"), count, rate, endpoints))
+
+
+OPENERS: Final[dict[str, Callable[[PortSpec, int, int, Callable[[], None]], OpenPort]]] = {
+    "vhost": _open_vhost,
+    "tap": _open_tap,
+    "pcap": _open_pcap,
+    "null": _open_null,
+    "gen": _open_gen,
+}
+
+
+def open_port(spec: PortSpec, *, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
+    """Open one port.
+
+    Parameters
+    ----------
+    spec
+        The parsed PORT argument.
+    lanes
+        Endpoints that interchangeable ports (null, gen) get: the most queue pairs of any other port.
+    report_fd
+        Eventfd that a vhost port signals when a guest breaks a queue.
+    changed
+        Called when the flows of the pump are to be made anew.
+
+    Raises
+    ------
+    UsageError
+        A value of the argument is impossible.
+    ResourceError
+        The system refused.
+    """
+    try:
+        return OPENERS[spec.kind](spec, lanes, report_fd, changed)
+    except ValueError as error:
+        raise UsageError(f"{spec.name}: {error}") from error
