@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
+
+from vq_core.dirty import DirtyLog
+from vq_core.memory import MemoryMap
 
 from vq import effects as e
 from vq import virtio as v
 from vq.device import Device
 from vq.errors import FrontendError
-from vq_core.dirty import DirtyLog
-from vq_core.memory import MemoryMap
 
 __all__ = ["Applier"]
 
@@ -194,7 +195,7 @@ class Applier:
     def _write_config(self, effect: e.ConfigWrite) -> None:
         self.device.write_config(effect.offset, effect.data, migration=effect.migration)
 
-    _table: dict[type, Callable[..., Any]] = {
+    _table: ClassVar[dict[type, Callable[..., Any]]] = {
         e.SetMemory: _set_memory,
         e.AddRegion: _add_region,
         e.RemoveRegion: _remove_region,

@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import select
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
+from vq_core.timer import Timer
+
 from vq.apply import Applier
 from vq.device import Device
+from vq.endpoint import Connector, Listener, adopt, listen
 from vq.errors import ConnectionClosed, PeerError, ResourceError, UsageError, VqError
 from vq.session import Session
-from vq.endpoint import Connector, Listener, adopt, listen
 from vq.transport import Connection
-from vq_core.timer import Timer
 
 __all__ = ["Backend"]
 
@@ -55,8 +57,8 @@ class Backend:
 
     Notes
     -----
-    Event loops wait until `fileno()` is readable and call `dispatch()`. Threading: one control thread. Spec: vhost-user,
-    "Communication", "Back-end program conventions".
+    Event loops wait until `fileno()` is readable and call `dispatch()`. Threading: one control thread.
+    Spec: vhost-user, "Communication", "Back-end program conventions".
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class Backend:
 
     @property
     def state(self) -> str:
-        """"listening", "connecting", "connected" (no ring started), "running" or "closed"."""
+        """One of listening, connecting, connected (no ring started), running and closed."""
         if self._session is not None:
             return "connected" if self._session.suspended else "running"
         if self.closed or (self._listener is None and self._connector is None):
@@ -158,7 +160,9 @@ class Backend:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # -- connections --
@@ -185,10 +189,8 @@ class Backend:
         if self._connector is not None and self._connection is None:
             self._connect()
         elif self._listener is not None:
-            try:
+            with suppress(FileExistsError):
                 self._epoll.register(self._listener.fileno(), select.EPOLLIN)
-            except FileExistsError:
-                pass
 
     def _connect(self) -> None:
         assert self._connector is not None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
+
+from vq_core.port import Port
+from vq_core.ports.gen import GenPort
+from vq_core.ports.null import NullPort
 
 from vq import virtio as v
 from vq.backend import Backend
 from vq.devices.net import NetDevice
 from vq.errors import ResourceError, UsageError
 from vq.ports import PortSpec
-from vq_core.port import Port
-from vq_core.ports.gen import GenPort
-from vq_core.ports.null import NullPort
 
 __all__ = ["OpenPort", "open_port"]
 
@@ -29,17 +31,40 @@ class OpenPort:
         For a vhost port.
     """
 
-    def __init__(self, name: str, kind: str, port: Port, backend: Backend | None = None, close: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        port: Port,
+        *,
+        backend: Backend | None = None,
+        close: Callable[[], None] | None = None,
+        set_carrier: Callable[[bool], None] | None = None,
+    ) -> None:
         self.name = name
         self.kind = kind
         self.port = port
         self.backend = backend
         self._close = close
+        self._set_carrier = set_carrier
+        self._carrier: bool | None = None
 
     @property
     def finished(self) -> bool:
         """Whether no packet will ever come from this port again."""
         return not self.port.sources or bool(self.port.finished)
+
+    @property
+    def error(self) -> str | None:
+        """Why the port has ended by itself, or what was wrong with its file; None if nothing was."""
+        return getattr(self.port, "error", None)
+
+    def follow(self, carrier: bool) -> None:
+        """Show the host whether a guest is at the other end: the carrier of a TAP; nothing for other kinds."""
+        if self._set_carrier is not None and carrier != self._carrier:
+            self._carrier = carrier
+            with suppress(OSError):  # the interface was deleted: `error` says so
+                self._set_carrier(carrier)
 
     def close(self) -> None:
         """Release what the port holds of the system; its endpoints are nobody's by now."""
@@ -57,6 +82,8 @@ class OpenPort:
             result["state"] = self.backend.state
             result["connections"] = self.backend.connections
             result["features"] = v.feature_names(self.backend.features, v.DeviceId.NET)
+        if self.error is not None:
+            result["error"] = self.error
         result.update(self.port.snapshot())
         if self.backend is not None:
             result["queues"] = [
@@ -67,38 +94,44 @@ class OpenPort:
 
 def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
     device = NetDevice(spec.name, pairs=spec.number("queues"), report_fd=report_fd, mtu=spec.maybe_number("mtu"))
-    backend = Backend(device, path=spec.target, client=spec.flag("client"), mode=spec.maybe_number("mode"), changed=changed)
-    return OpenPort(spec.name, spec.kind, device.port, backend)
+    backend = Backend(
+        device, path=spec.target, client=spec.flag("client"), mode=spec.maybe_number("mode"), changed=changed
+    )
+    return OpenPort(spec.name, spec.kind, device.port, backend=backend)
 
 
 def _open_tap(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
-    from vq import netlink  # pyroute2 is slow to import
     from vq_core.ports.tap import TapPort
+
+    from vq import netlink  # pyroute2 is slow to import
 
     try:
         port = TapPort(spec.name, spec.target, queues=spec.number("queues"))
     except OSError as error:
-        raise ResourceError("cannot open the TAP", errno=error.errno or 0, path=spec.target, remedy=_tap_remedy(error)) from error
+        raise ResourceError(
+            "cannot open the TAP", errno=error.errno or 0, path=spec.target, remedy=_tap_remedy(error)
+        ) from error
     try:
-        mtu = spec.maybe_number("mtu")
-        if mtu is not None:
-            netlink.set_mtu(spec.target, mtu)
-        netlink.set_up(spec.target)
+        netlink.configure(port.ifname, mtu=spec.maybe_number("mtu"), up=True)
     except BaseException:
         port.close()
         raise
-    return OpenPort(spec.name, spec.kind, port, close=port.close)
+    return OpenPort(spec.name, spec.kind, port, close=port.close, set_carrier=port.set_carrier)
 
 
 def _tap_remedy(error: OSError) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
         return "run with CAP_NET_ADMIN, or make it for your user: ip tuntap add NAME mode tap user $USER"
-    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+    if error.errno in (errno.ENOENT, errno.ENODEV):
         return "load the tun module (modprobe tun); in a container, pass /dev/net/tun in"
     if error.errno == errno.EBUSY:
         return "another process uses it; stop that or choose another name"
     if error.errno == errno.EINVAL:
-        return "it exists with other settings: for queues=2 and more make it with multi_queue, for one without"
+        return (
+            "an interface of that name is no TAP, or was made without multi_queue; choose another name or make it anew"
+        )
+    if error.errno == errno.E2BIG:
+        return "an interface has at most 256 queues; ask for fewer"
     return "see ip -details link show"
 
 
@@ -112,7 +145,9 @@ def _open_pcap(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[],
             port = PcapPort(spec.name, spec.target, speed=spec.real("speed"), loop=spec.number("loop"))
     except OSError as error:
         remedy = "check the path and its permissions"
-        raise ResourceError("cannot open the capture file", errno=error.errno or 0, path=spec.target, remedy=remedy) from error
+        raise ResourceError(
+            "cannot open the capture file", errno=error.errno or 0, path=spec.target, remedy=remedy
+        ) from error
     return OpenPort(spec.name, spec.kind, port, close=port.close)
 
 

@@ -1,7 +1,7 @@
 """Which packets go where, and which worker moves them.
 
-A *flow* joins a source endpoint to a target: an endpoint of another port, or a switch lane. An endpoint (queue pair) must
-belong to one worker, so flows that share one go to the same worker; everything else is spread.
+A *flow* joins a source endpoint to a target: an endpoint of another port, or a switch lane. An endpoint (queue pair)
+must belong to one worker, so flows that share one go to the same worker; everything else is spread.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Flow(NamedTuple):
     def endpoints(self) -> list[Endpoint]:
         """All endpoints that the flow touches."""
         if isinstance(self.target, SwitchLane):
-            return [(self.source, self.source_index), *self.target.members]
+            return [(self.source, self.source_index), *(member for member in self.target.members if member is not None)]
         return [(self.source, self.source_index), (self.target, self.target_index)]
 
 

@@ -11,18 +11,20 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from vq_core.switch import Switch
+from vq_core.worker import Plan, Worker
+
 from vq.backend import Backend
 from vq.errors import GuestError, UsageError
 from vq.open_port import OpenPort, open_port
 from vq.plan import Flow, make_flows, spread
 from vq.ports import PortSpec, parse_ports
-from vq_core.switch import Switch
-from vq_core.worker import Plan, Worker
 
 __all__ = ["Pump"]
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 1.0  # between two looks for ports that have ended by themselves
 DRAIN_S = 0.1  # what a finished source handed over is through when no counter has moved for so long
 
 
@@ -45,20 +47,25 @@ class Pump:
 
     Notes
     -----
-    Threading: one control thread calls `start`, `run` and `stop`; `request_stop` and `snapshot` may come from any thread,
-    `request_stop` from a signal handler too.
+    Threading: one control thread calls `start`, `run` and `stop`; `request_stop` and `snapshot` may come from any
+    thread, `request_stop` from a signal handler too.
     """
 
-    def __init__(self, ports: Sequence[PortSpec | str], *, cpus: Sequence[int] | None = None, poll: str = "adaptive") -> None:
+    def __init__(
+        self, ports: Sequence[PortSpec | str], *, cpus: Sequence[int] | None = None, poll: str = "adaptive"
+    ) -> None:
         specs = list(parse_ports(ports))
         echoes = [spec for spec in specs if spec.kind == "echo"]
         if echoes and (len(specs) != 2 or len(echoes) != 1):
-            raise UsageError(f"echo: reflects one other port, and this pump has {len(specs) - len(echoes)}; give exactly one")
+            raise UsageError(
+                f"echo: reflects one other port, and this pump has {len(specs) - len(echoes)}; give exactly one"
+            )
         specs = [spec for spec in specs if spec.kind != "echo"]
         if cpus is not None:
             for cpu in cpus:
                 if cpu not in os.sched_getaffinity(0):
-                    raise UsageError(f"--cpu: {cpu} is not among the processors of this process: {sorted(os.sched_getaffinity(0))}")
+                    allowed = sorted(os.sched_getaffinity(0))
+                    raise UsageError(f"--cpu: {cpu} is not among the processors of this process: {allowed}")
         self.ports: list[OpenPort] = []
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -67,6 +74,7 @@ class Pump:
         self._replan = True
         self._started: float | None = None
         self._threads: list[threading.Thread] = []
+        self._told: set[str] = set()
         self._closed = False
         self.workers = [Worker(cpu, poll) for cpu in cpus] if cpus else [Worker(None, poll)]
         self._shares: list[list[Flow]] = [[] for _ in self.workers]
@@ -77,7 +85,9 @@ class Pump:
                 self.ports.append(port)
                 if port.backend is not None:
                     self._epoll.register(port.backend.fileno(), select.EPOLLIN)
-            self._by_fd: dict[int, Backend] = {p.backend.fileno(): p.backend for p in self.ports if p.backend is not None}
+            self._by_fd: dict[int, Backend] = {
+                p.backend.fileno(): p.backend for p in self.ports if p.backend is not None
+            }
             self._switch = Switch(len(self.ports)) if len(self.ports) > 2 else None
             for fd in (self._wake_fd, self._report_fd):
                 self._epoll.register(fd, select.EPOLLIN)
@@ -108,11 +118,16 @@ class Pump:
         self._closed = True
         self._publish([[] for _ in self.workers])
         for port in self.ports:
-            port.close()
+            try:
+                port.close()
+            except OSError as error:
+                logger.error("port=%s error=%r", port.name, f"data may be missing: {error}")
         for worker in self.workers:
             worker.stop()
         for thread in self._threads:
             thread.join()
+        for worker in self.workers:
+            worker.close()
         self._epoll.close()
         os.close(self._wake_fd)
         os.close(self._report_fd)
@@ -127,7 +142,9 @@ class Pump:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     # -- control loop --
@@ -138,7 +155,7 @@ class Pump:
         interval: float = 1.0,
         on_interval: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
-        """Serve all connections until `request_stop`, the end of `duration` seconds, or until all sources have finished.
+        """Serve all connections until `request_stop`, the end of `duration`, or until all sources have finished.
 
         Parameters
         ----------
@@ -154,6 +171,7 @@ class Pump:
         dict
             The last snapshot.
         """
+        self._replan = True
         begin = time.monotonic()
         end = None if duration is None else begin + duration
         tick = begin + interval
@@ -167,11 +185,22 @@ class Pump:
                 tick = max(tick + interval, time.monotonic())
             if finite and all(port.finished for port in self.ports) and self._drained():
                 break
+            self._look_for_errors()
             waits = [tick - now] if on_interval is not None else []
             waits += [end - now] if end is not None else []
             waits += [DRAIN_S] if finite else []
+            waits += [LOOK_S] if any(port.backend is None for port in self.ports) else []
             self.dispatch(max(0.0, min(waits)) if waits else None)
+        # Without workers every port has written out what it was given, and its counters are final.
+        self._publish([[] for _ in self.workers])
         return self.snapshot()
+
+    def _look_for_errors(self) -> None:
+        """Say once what a port found wrong with its file or interface."""
+        for port in self.ports:
+            if port.error is not None and port.name not in self._told:
+                self._told.add(port.name)
+                logger.error("port=%s error=%r", port.name, port.error)
 
     def dispatch(self, timeout: float | None = 0.0) -> None:
         """Wait up to `timeout` seconds (None: until something comes) and serve what is there."""
@@ -194,7 +223,8 @@ class Pump:
                 report = queue.poll_report()
                 if report is not None:
                     head, cause, section = report
-                    logger.warning("port=%s %s", port.name, GuestError(queue.index, head, f"({queue.name}) {cause}", section))
+                    error = GuestError(queue.index, head, f"({queue.name}) {cause}", section)
+                    logger.warning("port=%s error=%r", port.name, str(error))
                     self._replan = True
             port.backend.check_memory()
 
@@ -209,6 +239,9 @@ class Pump:
         self._replan = False
         flows = make_flows([port.port for port in self.ports], self._switch)
         self._publish(spread(flows, len(self.workers)))
+        if len(self.ports) == 2:
+            for port, peer in (self.ports, reversed(self.ports)):
+                port.follow(carrier=peer.backend is None or bool(peer.port.targets))
 
     def _publish(self, shares: list[list[Flow]]) -> None:
         """Give each worker its flows. What changes hands is taken from its old worker before its new one gets it."""
@@ -224,7 +257,12 @@ class Pump:
 
     def _moved(self, shares: list[list[Flow]]) -> set[tuple[int, int]]:
         """Endpoints that another worker has at the moment."""
-        owner = {(id(port), index): number for number, share in enumerate(self._shares) for flow in share for port, index in flow.endpoints}
+        owner = {
+            (id(port), index): number
+            for number, share in enumerate(self._shares)
+            for flow in share
+            for port, index in flow.endpoints
+        }
         return {
             key
             for number, share in enumerate(shares)

@@ -4,7 +4,7 @@ from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
-from vq_core.virtio cimport VIRTIO_F_EVENT_IDX, VIRTIO_F_RING_PACKED, VIRTQ_SIZE_MAX, has_feature
+from vq_core.virtio cimport VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTQ_SIZE_MAX, has_feature
 
 import fcntl
 import os

@@ -2,7 +2,7 @@
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
-from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_pause, vq_store_release_u32
+from vq_core.arch cimport vq_exchange_u32, vq_fence, vq_load_acquire_u32, vq_pause, vq_store_release_u32
 from vq_core.notify cimport notify_signal
 
 import os
@@ -62,6 +62,18 @@ cdef int _wait(mailbox_t* mailbox, uint32_t ticket) noexcept nogil:
     return 0
 
 
+cdef int _withdraw(mailbox_t* mailbox, uint32_t ticket) noexcept nogil:
+    """Take command `ticket` back, so that it never runs after its caller has gone; 0 if it has run meanwhile."""
+    cdef int status = 0
+    while vq_exchange_u32(&mailbox.draining, 1) != 0:
+        vq_pause()
+    if mailbox.done != ticket:
+        vq_store_release_u32(&mailbox.done, ticket)
+        status = -1
+    vq_store_release_u32(&mailbox.draining, 0)
+    return status
+
+
 cdef class Mailbox:
     """The way to a worker: one command at a time, executed at a burst boundary."""
 
@@ -72,8 +84,13 @@ cdef class Mailbox:
         self._lock = threading.Lock()
 
     def __dealloc__(self):
+        self.close()
+
+    def close(self):
+        """Close the descriptor, when no worker drains the mailbox any more; may be called twice."""
         if self.box.event_fd >= 0:
             os.close(self.box.event_fd)
+            self.box.event_fd = -1
 
 
 cdef int handover_run(Mailbox mailbox, command_run_t run, void* target, void* argument) except -1:
@@ -90,9 +107,14 @@ cdef int handover_run(Mailbox mailbox, command_run_t run, void* target, void* ar
         box.argument = argument
         # Release: pairs with the acquire in mailbox_drain.
         vq_store_release_u32(&box.posted, box.posted + 1)
+        # Pairs with the fence in Worker.run: either the worker sees the command before its first round, or we see
+        # that it does not run and run the command ourselves while it waits in mailbox_drain.
+        vq_fence()
         with nogil:
             notify_signal(box.event_fd)
             status = _wait(box, box.posted)
+            if status != 0:
+                status = _withdraw(box, box.posted)
     if status != 0:
         raise RuntimeError(f"a worker has not passed a burst boundary for {PATIENCE_S} s; a program or port blocks it")
     return 0

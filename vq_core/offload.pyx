@@ -172,7 +172,8 @@ cdef bint _parse_ipv6(cut_t* cut, uint32_t protocol) noexcept nogil:
 
 cdef bint _parse(cut_t* cut, virtio_net_hdr_t* header) noexcept nogil:
     """Read the headers of the copy; False if they do not make sense. cut.frame and cut.length are given."""
-    cdef uint32_t kind = header.gso_type & ~<uint32_t>VIRTIO_NET_HDR_GSO_ECN, at = ETHERTYPES, ethertype, _tags, protocol
+    cdef uint32_t kind = header.gso_type & ~<uint32_t>VIRTIO_NET_HDR_GSO_ECN
+    cdef uint32_t at = ETHERTYPES, ethertype, protocol, _tags
     cdef bint tcp = kind == VIRTIO_NET_HDR_GSO_TCPV4 or kind == VIRTIO_NET_HDR_GSO_TCPV6
     if not tcp and kind != VIRTIO_NET_HDR_GSO_UDP and kind != VIRTIO_NET_HDR_GSO_UDP_L4:
         return False

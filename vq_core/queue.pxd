@@ -16,7 +16,7 @@ from vq_core.dirty cimport DirtyLog, dirty_mark, dirty_t
 from vq_core.handover cimport Mailbox, mailbox_t
 from vq_core.memory cimport MemoryMap, memory_t, region_t
 from vq_core.notify cimport notify_signal
-from vq_core.split cimport split_needs_call, split_publish, split_t
+from vq_core.split cimport split_needs_call, split_publish, split_request_kick, split_t
 from vq_core.virtio cimport gpa_t, uva_t
 
 # Why a queue broke. Texts and spec sections: BROKEN_CAUSES in queue.pyx, in this order.
@@ -69,6 +69,12 @@ cdef inline void queue_log_used(queue_t* queue, uint16_t position) noexcept nogi
         dirty_mark(queue.log, queue.log_guest_addr + 4 + 8 * <uint64_t>(slot & queue.ring.mask), 8)
         slot += 1
     dirty_mark(queue.log, queue.log_guest_addr, 4)
+
+cdef inline void queue_request_kick(queue_t* queue) noexcept nogil:
+    """Ask for a kick, and log the store that says so: flags or avail_event, both a part of the used ring."""
+    split_request_kick(&queue.ring)
+    if queue.log != NULL and queue.log_ring:
+        dirty_mark(queue.log, queue.log_guest_addr + (4 + 8 * <uint64_t>queue.ring.num if queue.ring.event_idx else 0), 2)
 
 cdef inline void queue_flush(queue_t* queue) noexcept nogil:
     """Call the driver if it wants to know of what was published since the last flush."""

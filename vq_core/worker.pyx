@@ -4,12 +4,12 @@ from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from vq_core.arch cimport vq_cycles, vq_load_u32, vq_pause, vq_store_release_u32
+from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
 from vq_core.counters cimport DROP_NO_DESCRIPTORS
 from vq_core.handover cimport Mailbox, handover_run, mailbox_drain, mailbox_poll, mailbox_t
 from vq_core.offload cimport Offload, offload_push, offload_t
 from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, Port, burst_t, endpoint_t, packet_t
-from vq_core.switch cimport Switch, SwitchLane, switch_forward
+from vq_core.switch cimport SwitchLane, switch_forward, switch_now_s
 
 import os
 
@@ -74,7 +74,7 @@ cdef int _run_flow(worker_t* worker, flow_t* flow) noexcept nogil:
         return 0
     count = burst.count - first
     if target == NULL:
-        switch_forward(flow.via, flow.lane, burst, flow.source_port, worker.offload, worker.rounds)
+        switch_forward(flow.via, flow.lane, burst, flow.source_port, worker.offload, switch_now_s())
         source.release(source, burst, burst.count)
         source.flush(source)
         return count
@@ -235,8 +235,9 @@ cdef class Plan:
                 flow.lane = &lane.lane
                 flow.source_port = target_index
                 self.keep.append(lane)
-                for member, member_index in lane.members:
-                    self._own(member, member_index)
+                for member in lane.members:
+                    if member is not None:
+                        self._own(member[0], member[1])
             else:
                 target = target_object
                 flow.target = self._endpoint(target, target_index)
@@ -321,12 +322,25 @@ cdef class Worker:
                 os.close(self.worker.epoll_fd)
             free(self.worker)
 
+    def close(self):
+        """Close the worker's descriptors, after `run` has returned and its plan is empty; may be called twice."""
+        if vq_load_u32(&self.mailbox.box.running):
+            raise ValueError("the worker runs; stop it first")
+        if self._plan.owned:
+            raise ValueError("the worker still has flows; set an empty plan first")
+        self.mailbox.box.epoll_fd = -1
+        self.mailbox.close()
+        if self.worker.epoll_fd >= 0:
+            os.close(self.worker.epoll_fd)
+            self.worker.epoll_fd = -1
+
     def run(self):
         """Move packets until `stop`; for a thread of its own, which is bound to `cpu`."""
         if self.cpu is not None:
             os.sched_setaffinity(0, {self.cpu})
         with nogil:
             vq_store_release_u32(&self.mailbox.box.running, 1)
+            vq_fence()           # pairs with the fence in handover_run
             _loop(self.worker, &self.mailbox.box)
             # From here on posters drain the mailbox themselves.
             vq_store_release_u32(&self.mailbox.box.running, 0)

@@ -15,9 +15,9 @@ from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, PACKET_MAX, SEGMENTS_M
                            segment_t)
 from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_LOOP,
                             BROKEN_MEMORY_LOST, BROKEN_NOT, CHANGE_EPOLL, Queue, queue_apply, queue_break,
-                            queue_change_t, queue_flush, queue_publish, queue_t)
+                            queue_change_t, queue_flush, queue_publish, queue_request_kick, queue_t)
 from vq_core.split cimport (split_advance_used, split_available, split_descriptor, split_head, split_put_used,
-                            split_ready, split_request_kick, split_suppress_kicks, split_t, split_take)
+                            split_ready, split_suppress_kicks, split_t, split_take)
 from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE,
                              gpa_t, has_feature, virtio_net_hdr_t, virtq_desc_t)
 
@@ -541,14 +541,14 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
         if queue.started and queue.broken == BROKEN_NOT:
             if split_ready(&queue.ring) > 0:
                 return 1
-            split_request_kick(&queue.ring)
+            queue_request_kick(queue)
             if split_available(&queue.ring) != 0:      # also an impossible index: the next pull breaks the ring
                 return 1
     if what & ARM_PUSH:
         queue = pair.receiveq
         if queue.live:
             known = split_ready(&queue.ring)
-            split_request_kick(&queue.ring)
+            queue_request_kick(queue)
             if split_available(&queue.ring) != known:
                 return 1
     return 0

@@ -1,0 +1,84 @@
+"""vq: a vhost-user back-end as a library and a program; Python in control, Cython on the way of a packet.
+
+Everything named here is loaded when it is first used, so that ``import vq`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from vq.backend import Backend
+    from vq.demo import DemoResult, run_demo
+    from vq.device import Device
+    from vq.errors import (
+        BackendError,
+        ConnectionClosed,
+        FrontendError,
+        GuestError,
+        PeerError,
+        ResourceError,
+        UsageError,
+        VqError,
+    )
+    from vq.frontend import Frontend
+    from vq.ports import PortSpec, parse_port, parse_ports
+    from vq.pump import Pump
+    from vq.virtio import DeviceId
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "ConnectionClosed",
+    "DemoResult",
+    "Device",
+    "DeviceId",
+    "Frontend",
+    "FrontendError",
+    "GuestError",
+    "PeerError",
+    "PortSpec",
+    "Pump",
+    "ResourceError",
+    "UsageError",
+    "VqError",
+    "parse_port",
+    "parse_ports",
+    "run_demo",
+]
+
+__version__ = "0.1.0"
+
+_ROOMS: Final = {
+    "vq.backend": ("Backend",),
+    "vq.demo": ("DemoResult", "run_demo"),
+    "vq.device": ("Device",),
+    "vq.errors": (
+        "BackendError",
+        "ConnectionClosed",
+        "FrontendError",
+        "GuestError",
+        "PeerError",
+        "ResourceError",
+        "UsageError",
+        "VqError",
+    ),
+    "vq.frontend": ("Frontend",),
+    "vq.ports": ("PortSpec", "parse_port", "parse_ports"),
+    "vq.pump": ("Pump",),
+    "vq.virtio": ("DeviceId",),
+}
+_HOME: Final = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vq' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,55 @@
+"""Forms of arguments that more than one command takes."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Final
+
+from vq.errors import UsageError
+
+__all__ = ["parse_cpus", "positive_seconds"]
+
+CPU_MAX: Final = 8191  # NR_CPUS of the largest kernels
+
+
+def parse_cpus(text: str | None) -> list[int] | None:
+    """Read a list of processors, such as ``0,2-3``.
+
+    Returns
+    -------
+    list of int or None
+        In the order written; None if `text` is None.
+
+    Raises
+    ------
+    UsageError
+        Wrong form, a processor twice, or one that this process may not use.
+    """
+    if text is None:
+        return None
+    cpus: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        ends = [first, last] if dash else [first]
+        if not all(end.isascii() and end.isdigit() and int(end) <= CPU_MAX for end in ends):
+            raise UsageError(f"--cpu {text}: {part!r} is no processor or range; write a list such as 0,2-3")
+        low, high = int(ends[0]), int(ends[-1])
+        if low > high:
+            raise UsageError(f"--cpu {text}: {part!r} runs backwards; write {high}-{low}")
+        cpus.extend(range(low, high + 1))
+    if len(set(cpus)) < len(cpus):
+        raise UsageError(f"--cpu {text}: a processor is named twice; each worker needs one of its own")
+    usable = os.sched_getaffinity(0)
+    for cpu in cpus:
+        if cpu not in usable:
+            known = ",".join(map(str, sorted(usable)))
+            raise UsageError(f"--cpu {text}: processor {cpu} is not usable here; usable are {known}")
+    return cpus
+
+
+def positive_seconds(name: str, value: float | None) -> float | None:
+    """Check a time in seconds that must be more than zero; None passes."""
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise UsageError(f"{name} is {value:g}; write seconds, more than 0")
+    return value

@@ -1,0 +1,99 @@
+"""``vq pump``: move packets between ports."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from vq.cli import logs
+from vq.cli.arguments import parse_cpus, positive_seconds
+from vq.cli.hints import describe
+from vq.cli.report import reports
+from vq.port_kinds import KINDS
+from vq.ports import parse_ports
+
+if TYPE_CHECKING:
+    from vq.pump import Pump
+
+__all__ = ["EPILOGUE", "pump"]
+
+
+def _epilogue() -> str:
+    lines = ["PORT is KIND:TARGET[,key=value...]:", ""]
+    for kind in KINDS.values():
+        lines.append(f"{kind.usage:<12} {kind.help}")
+        for option in kind.options:
+            default = f" [default: {option.shown_default}]" if option.shown_default else ""
+            lines.append(f"    {option.usage}: {option.help}{default}")
+    return "\n".join(lines)
+
+
+EPILOGUE = _epilogue()
+
+
+def pump(
+    *ports: Annotated[
+        str, Parameter(name="PORT", help="What to join; see below. One: echo, two: patch, more: switch.")
+    ],
+    duration: Annotated[float | None, Parameter(help="End after this many seconds.")] = None,
+    interval: Annotated[float, Parameter(help="Seconds between two reports.")] = 1.0,
+    json: Annotated[bool, Parameter(negative="", help="Report as JSON, one object a line.")] = False,
+    cpu: Annotated[
+        str | None, Parameter(help="Processors, such as 0,2-3; a worker for each. Default: one worker.")
+    ] = None,
+    poll: Annotated[
+        Literal["adaptive", "busy"], Parameter(help="Sleep when there is nothing to do, or never.")
+    ] = "adaptive",
+    verbose: Annotated[
+        int, Parameter(name=["--verbose", "-v"], count=True, help="Log connections; twice: messages.")
+    ] = 0,
+) -> int:
+    """Move packets between ports: echo on one, patch of two, learning switch of three and more."""
+    specs = parse_ports(ports)
+    positive_seconds("--duration", duration)
+    positive_seconds("--interval", interval)
+    cpus = parse_cpus(cpu)
+    logs.configure(verbose)
+    from vq.pump import Pump
+
+    with _signals() as stop, Pump(specs, cpus=cpus, poll=poll) as running:
+        stop.attach(running)
+        if not json:
+            print("\n".join(describe(specs)), flush=True)
+        with reports(json) as report:
+            report.final(running.run(duration, interval, report.interval))
+    return 0
+
+
+class _Stop:
+    """Turns a signal into the end of a pump, also one that came before the pump was there."""
+
+    def __init__(self) -> None:
+        self._pump: Pump | None = None
+        self._asked = False
+
+    def attach(self, pump: Pump) -> None:
+        self._pump = pump
+        if self._asked:
+            pump.request_stop()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._pump is not None:
+            self._pump.request_stop()
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,414 @@
+"""The front-end role: drives a back-end, ours or any other, for tests, demo, bench and check.
+
+`Frontend` says each message, waits for the answer that is due, and believes nothing: flags, request, size and number of
+fds of every reply are checked, and every wait ends. It knows sockets and messages, not guest memory: the caller makes
+the memory, places the rings in it (`vq_core.driver`) and passes fds and addresses.
+
+Spec: vhost-user, "Communication", "Starting and stopping rings"; a front-end's duties.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self
+
+from vq import virtio as v
+from vq.endpoint import Connector, listen
+from vq.errors import BackendError, ConnectionClosed, ResourceError, UsageError
+from vq.message import FRONTEND_REQUESTS, VERSION, Message, Request, encode, encode_request, request_name
+from vq.payload import VRING_NOFD_MASK, Config, Log, Region, VringAddr, VringState
+from vq.transport import Connection
+
+# Replies that may bring an fd, and that must not bring more than one.
+_REPLIES_WITH_FD: Final = frozenset(
+    {Request.POSTCOPY_ADVISE, Request.GET_INFLIGHT_FD, Request.GET_SHARED_OBJECT, Request.SET_DEVICE_STATE_FD}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RingSetup:
+    """What `start_ring` tells the back-end about a ring.
+
+    Parameters
+    ----------
+    index
+        Ring index.
+    num
+        Entries.
+    desc, avail, used
+        User addresses, inside the `user_addr` ranges of the memory table. Packed: descriptor ring, driver event
+        suppression, device event suppression.
+    base
+        Next available index; for a packed ring all four values, 0x80008000 at first.
+    kick_fd, call_fd, err_fd
+        The caller's fds; None says NOFD (no message at all for `err_fd`).
+    log_guest_addr, flags
+        Where the used ring lies for the dirty log, and whether it is logged (VHOST_VRING_F_LOG).
+    """
+
+    index: int
+    num: int
+    desc: int
+    avail: int
+    used: int
+    base: int = 0
+    kick_fd: int | None = None
+    call_fd: int | None = None
+    err_fd: int | None = None
+    log_guest_addr: int = 0
+    flags: int = 0
+
+
+class Frontend:
+    """A connection to a back-end; made by `connect`, `listen` or `adopt`.
+
+    Parameters
+    ----------
+    connection
+        A connection that expects replies.
+    timeout
+        Seconds that any answer may take.
+
+    Attributes
+    ----------
+    features, protocol_features
+        What has been acknowledged so far.
+    offered_features, offered_protocol_features
+        What the back-end has offered.
+    """
+
+    def __init__(self, connection: Connection, *, timeout: float = 5.0) -> None:
+        self._connection = connection
+        self.timeout = timeout
+        self.offered_features = 0
+        self.offered_protocol_features = 0
+        self.features = 0
+        self.protocol_features = 0
+
+    @classmethod
+    def connect(cls, path: str, *, timeout: float = 5.0) -> Self:
+        """Connect to a back-end that listens, trying again until the time is over.
+
+        Raises
+        ------
+        ResourceError
+            Nobody listened in time.
+        """
+        connector = Connector(path, first_delay=0.01, last_delay=0.1)
+        end = time.monotonic() + timeout
+        while True:
+            connection = connector.attempt(replies=True)
+            if connection is not None:
+                return cls(connection, timeout=timeout)
+            if time.monotonic() >= end and connector.last_error is not None:
+                raise connector.last_error
+            time.sleep(connector.next_attempt_in())
+
+    @classmethod
+    def listen(cls, path: str, *, timeout: float = 5.0) -> Self:
+        """Wait for a back-end that connects to us (client mode).
+
+        Raises
+        ------
+        ResourceError
+            Nobody connected in time.
+        """
+        listener = listen(path)
+        try:
+            _wait(listener.fileno(), select.POLLIN, timeout)
+            connection = listener.accept(replies=True)
+        finally:
+            listener.close()
+        if connection is None:
+            remedy = "start the back-end in client mode"
+            raise ResourceError(f"no back-end connected within {timeout:g} s", path=path, remedy=remedy)
+        return cls(connection, timeout=timeout)
+
+    @classmethod
+    def adopt(cls, sock: socket.socket, *, timeout: float = 5.0) -> Self:
+        """Use a connected socket, such as one end of a socketpair; the front-end owns it from now on."""
+        return cls(Connection(sock, replies=True), timeout=timeout)
+
+    def __enter__(self) -> Self:
+        """Close the connection in the end."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the connection."""
+        self.close()
+
+    def fileno(self) -> int:
+        """Give the socket's fd; -1 when closed."""
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        """Close the connection: the back-end must then let go of everything."""
+        self._connection.close()
+
+    def has_protocol(self, bit: int) -> bool:
+        """Tell whether a protocol feature has been acknowledged."""
+        return v.has(self.protocol_features, bit)
+
+    # --- Messages ----------------------------------------------------------------------------------------------------
+
+    def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = VERSION) -> None:
+        """Send any bytes as a message, right or wrong, and wait for nothing."""
+        self._transmit(encode(request, payload, flags), fds)
+
+    def receive(self, timeout: float | None = None) -> Message:
+        """Wait for the next reply, whatever it answers; its form has been checked.
+
+        Raises
+        ------
+        BackendError
+            Wrong form, end inside a message, or nothing in time.
+        ConnectionClosed
+            The back-end ended the connection.
+        """
+        end = time.monotonic() + (self.timeout if timeout is None else timeout)
+        while True:
+            message = self._connection.receive()
+            if message is not None:
+                return message
+            left = end - time.monotonic()
+            if left <= 0:
+                raise BackendError("reply", "time", "over", f"nothing came within {timeout or self.timeout:g} s")
+            _wait(self._connection.fileno(), select.POLLIN, left)
+
+    def request(self, request: int, payload: Any = None, fds: Sequence[int] = ()) -> Any:
+        """Send a request, and wait for its reply or ack if one is due.
+
+        Parameters
+        ----------
+        request
+            Request number.
+        payload
+            Value for the request's codec (`vq.payload`), None for none.
+        fds
+            Fds to go along; they stay the caller's.
+
+        Returns
+        -------
+        object
+            The decoded payload of the request's own reply; None for a request that is only acked.
+
+        Raises
+        ------
+        BackendError
+            A nack, a wrong reply, or none in time.
+        ConnectionClosed
+            The back-end ended the connection.
+        """
+        message = self._exchange(request, payload, fds)
+        if message is None:
+            return None
+        try:
+            if message.fds:
+                limit = "this request takes its reply without; use request_fd"
+                raise BackendError(message.name, "number of fds", len(message.fds), limit)
+            return message.payload
+        finally:
+            message.close()
+
+    def request_fd(self, request: int, payload: Any = None, fds: Sequence[int] = ()) -> tuple[Any, int | None]:
+        """Send a request whose reply may bring an fd; the caller owns that fd."""
+        message = self._exchange(request, payload, fds)
+        if message is None:
+            return None, None
+        return message.payload, message.take_fd()
+
+    def _exchange(self, request: int, payload: Any, fds: Sequence[int]) -> Message | None:
+        rule = FRONTEND_REQUESTS[request]
+        acked = rule.reply is None and (rule.ack_always or self.has_protocol(v.VHOST_USER_PROTOCOL_F_REPLY_ACK))
+        self._transmit(encode_request(request, payload, need_reply=acked), fds)
+        if rule.reply is None and not acked:
+            return None
+        message = self.receive()
+        try:
+            self._check(request, message, acked)
+        except BaseException:
+            message.close()
+            raise
+        return None if acked else message
+
+    def _check(self, request: int, message: Message, acked: bool) -> None:
+        name = request_name(request)
+        if message.request != request:
+            raise BackendError(name, "reply", message.name, "a reply repeats the request", fatal=True)
+        limit = 1 if request in _REPLIES_WITH_FD else 0
+        if len(message.fds) > limit:
+            raise BackendError(name, "number of fds", len(message.fds), f"the reply takes up to {limit}", fatal=True)
+        if acked and message.payload != 0:
+            raise BackendError(name, "ack", message.payload, "the back-end refused; see its log")
+
+    def _transmit(self, data: bytes, fds: Sequence[int]) -> None:
+        end = time.monotonic() + self.timeout
+        self._connection.send(data, fds)
+        while self._connection.wants_write:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise BackendError("request", "time", "over", f"the back-end read nothing for {self.timeout:g} s")
+            _wait(self._connection.fileno(), select.POLLOUT, left)
+            self._connection.flush()
+
+    # --- Negotiation -------------------------------------------------------------------------------------------------
+
+    def negotiate(self, features: int, protocol_features: int = 0) -> int:
+        """Agree on features, in the order of QEMU, up to and without SET_FEATURES.
+
+        Parameters
+        ----------
+        features
+            virtio feature bits that are wanted; VHOST_USER_F_PROTOCOL_FEATURES comes along by itself.
+        protocol_features
+            Protocol feature bits that are wanted.
+
+        Returns
+        -------
+        int
+            The features that both want; pass them, or fewer, to `set_features`.
+        """
+        self.offered_features = self.request(Request.GET_FEATURES)
+        if v.has(self.offered_features, v.VHOST_USER_F_PROTOCOL_FEATURES):
+            self.offered_protocol_features = self.request(Request.GET_PROTOCOL_FEATURES)
+            agreed = protocol_features & self.offered_protocol_features
+            self.request(Request.SET_PROTOCOL_FEATURES, agreed)
+            self.protocol_features = agreed
+        self.request(Request.SET_OWNER)
+        return self.offered_features & (features | v.mask(v.VHOST_USER_F_PROTOCOL_FEATURES))
+
+    def set_features(self, features: int) -> None:
+        """Acknowledge features, or switch VHOST_F_LOG_ALL later."""
+        self.request(Request.SET_FEATURES, features)
+        self.features = features
+
+    def queue_num(self) -> int:
+        """Ask how many queues the back-end has; 1 if it was not negotiated that one may ask."""
+        if not self.has_protocol(v.VHOST_USER_PROTOCOL_F_MQ):
+            return 1
+        return int(self.request(Request.GET_QUEUE_NUM))
+
+    def set_status(self, status: int) -> None:
+        """Tell the device status byte, if STATUS was negotiated."""
+        if self.has_protocol(v.VHOST_USER_PROTOCOL_F_STATUS):
+            self.request(Request.SET_STATUS, status)
+
+    def get_status(self) -> int:
+        """Ask for the device status byte."""
+        return int(self.request(Request.GET_STATUS))
+
+    # --- Memory ------------------------------------------------------------------------------------------------------
+
+    def set_mem_table(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
+        """Give the back-end the whole memory table, an fd for each region; returns when it has it.
+
+        Without REPLY_ACK a GET_FEATURES behind it serves as a barrier.
+        """
+        if len(regions) != len(fds):
+            raise UsageError(f"set_mem_table: {len(regions)} regions with {len(fds)} fds; each region needs one")
+        self.request(Request.SET_MEM_TABLE, tuple(regions), fds)
+        self.barrier()
+
+    def add_region(self, region: Region, fd: int) -> None:
+        """Add one region."""
+        self.request(Request.ADD_MEM_REG, region, [fd])
+        self.barrier()
+
+    def remove_region(self, region: Region) -> None:
+        """Remove one region; it may be unmapped afterwards."""
+        self.request(Request.REM_MEM_REG, region)
+        self.barrier()
+
+    def set_log_base(self, fd: int, size: int, offset: int = 0) -> None:
+        """Give the back-end a dirty log; it writes to it after `set_features` with VHOST_F_LOG_ALL."""
+        if not self.has_protocol(v.VHOST_USER_PROTOCOL_F_LOG_SHMFD):
+            raise UsageError("set_log_base: LOG_SHMFD was not negotiated; want it in negotiate()")
+        self.request(Request.SET_LOG_BASE, Log(size, offset), [fd])
+
+    def barrier(self) -> None:
+        """Wait until the back-end has served everything so far, where acks do not tell already."""
+        if not self.has_protocol(v.VHOST_USER_PROTOCOL_F_REPLY_ACK):
+            self.request(Request.GET_FEATURES)
+
+    # --- Rings -------------------------------------------------------------------------------------------------------
+
+    def start_ring(self, ring: RingSetup, *, enable: bool = True) -> None:
+        """Set a ring up, start it, and (by default) enable it; returns when the back-end has obeyed.
+
+        Old back-ends start only when the kick fd becomes readable, so the caller writes to it once afterwards.
+        """
+        self.request(Request.SET_VRING_NUM, VringState(ring.index, ring.num))
+        self.request(Request.SET_VRING_BASE, VringState(ring.index, ring.base))
+        self.set_ring_addresses(ring)
+        self.set_call(ring.index, ring.call_fd)
+        if ring.err_fd is not None:
+            self._ring_fd(Request.SET_VRING_ERR, ring.index, ring.err_fd)
+        self._ring_fd(Request.SET_VRING_KICK, ring.index, ring.kick_fd)
+        if enable:
+            self.enable_ring(ring.index, True)
+
+    def set_ring_addresses(self, ring: RingSetup) -> None:
+        """Send the addresses; on a started ring only to switch its logging."""
+        addr = VringAddr(ring.index, ring.flags, ring.desc, ring.used, ring.avail, ring.log_guest_addr)
+        self.request(Request.SET_VRING_ADDR, addr)
+
+    def set_call(self, index: int, fd: int | None) -> None:
+        """Replace the call fd, None = the back-end calls nobody."""
+        self._ring_fd(Request.SET_VRING_CALL, index, fd)
+
+    def enable_ring(self, index: int, enabled: bool) -> None:
+        """Enable or disable a ring, if it can be said (VHOST_USER_F_PROTOCOL_FEATURES acknowledged)."""
+        if v.has(self.features, v.VHOST_USER_F_PROTOCOL_FEATURES):
+            self.request(Request.SET_VRING_ENABLE, VringState(index, int(enabled)))
+            self.barrier()
+
+    def get_vring_base(self, index: int) -> int:
+        """Stop a ring and learn where it stopped; the back-end has let go of it then."""
+        state: VringState = self.request(Request.GET_VRING_BASE, VringState(index, 0))
+        if state.ring != index:
+            raise BackendError("GET_VRING_BASE", "ring index", state.ring, f"{index} was asked for")
+        return state.num
+
+    def stop_ring(self, index: int) -> int:
+        """Disable and stop a ring; returns its base for the next start."""
+        self.enable_ring(index, False)
+        return self.get_vring_base(index)
+
+    def _ring_fd(self, request: int, index: int, fd: int | None) -> None:
+        word = index if fd is not None else index | VRING_NOFD_MASK
+        self.request(request, word, [] if fd is None else [fd])
+
+    # --- Device ------------------------------------------------------------------------------------------------------
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """Read a part of the configuration space."""
+        reply: Config | None = self.request(Request.GET_CONFIG, Config(offset, 0, bytes(size)))
+        if reply is None:
+            raise BackendError("GET_CONFIG", "reply", "empty", f"{size} bytes at {offset} were asked for")
+        if (reply.offset, len(reply.data)) != (offset, size):
+            value = f"{len(reply.data)} bytes at {reply.offset}"
+            raise BackendError("GET_CONFIG", "reply", value, f"{size} bytes at {offset} were asked for")
+        return reply.data
+
+    def wait_closed(self, timeout: float | None = None) -> bool:
+        """Tell whether the back-end closes the connection in time; replies on the way are thrown away."""
+        try:
+            while True:
+                self.receive(timeout).close()
+        except ConnectionClosed:
+            return True
+        except BackendError as problem:
+            return problem.field == "stream"  # closed in the middle of a reply; anything else is no end
+
+
+def _wait(fd: int, events: int, seconds: float) -> None:
+    poll = select.poll()
+    poll.register(fd, events)
+    poll.poll(max(0.0, seconds) * 1000)

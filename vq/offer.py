@@ -1,0 +1,74 @@
+"""What a back-end offers, and the features for which the session has handlers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from vq import virtio as v
+from vq.errors import UsageError
+from vq.payload import CONFIG_MAX
+
+QUEUES_MAX: Final = 256  # the fd messages carry the ring index in 8 bits
+MEM_SLOTS_MAX: Final = 509
+
+# What the handlers of the session serve. A feature that is not here must not be offered: its messages would be refused.
+SERVED_PROTOCOL_FEATURES: Final = v.mask(
+    v.VHOST_USER_PROTOCOL_F_MQ,
+    v.VHOST_USER_PROTOCOL_F_LOG_SHMFD,
+    v.VHOST_USER_PROTOCOL_F_RARP,
+    v.VHOST_USER_PROTOCOL_F_REPLY_ACK,
+    v.VHOST_USER_PROTOCOL_F_MTU,
+    v.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+    v.VHOST_USER_PROTOCOL_F_CONFIG,
+    v.VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD,
+    v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+    v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
+    v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
+    v.VHOST_USER_PROTOCOL_F_STATUS,
+)
+UNSERVED_FEATURES: Final = v.mask(v.VIRTIO_F_ACCESS_PLATFORM, v.VIRTIO_F_NOTIFICATION_DATA)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a back-end offers to every front-end that connects; it must not shrink between connections.
+
+    Parameters
+    ----------
+    features
+        virtio feature bits, complete: with VHOST_USER_F_PROTOCOL_FEATURES, and VHOST_F_LOG_ALL if logging works.
+    protocol_features
+        vhost-user protocol feature bits, out of SERVED_PROTOCOL_FEATURES.
+    queue_count
+        Virtqueues, 1..256; every ring index is checked against it.
+    queue_num_answer
+        Answer to GET_QUEUE_NUM: queue pairs for net (QEMU), virtqueues for the others.
+    max_mem_slots
+        Most regions that ADD_MEM_REG can make, 1..509.
+    config_size
+        Bytes of the device's configuration space, 0..256.
+    """
+
+    features: int
+    protocol_features: int
+    queue_count: int
+    queue_num_answer: int
+    max_mem_slots: int = MEM_SLOTS_MAX
+    config_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse an offer that could not be kept."""
+        unserved = v.protocol_feature_names(self.protocol_features & ~SERVED_PROTOCOL_FEATURES)
+        unserved += v.feature_names(self.features & UNSERVED_FEATURES)
+        if unserved:
+            raise UsageError(f"offer: {', '.join(unserved)} cannot be served; leave it out")
+        if self.protocol_features and not v.has(self.features, v.VHOST_USER_F_PROTOCOL_FEATURES):
+            raise UsageError("offer: protocol features need the feature bit VHOST_USER_F_PROTOCOL_FEATURES (30)")
+        for name, value, low, high in (
+            ("queue_count", self.queue_count, 1, QUEUES_MAX),
+            ("max_mem_slots", self.max_mem_slots, 1, MEM_SLOTS_MAX),
+            ("config_size", self.config_size, 0, CONFIG_MAX),
+        ):
+            if not low <= value <= high:
+                raise UsageError(f"offer: {name} is {value}; it must be {low} to {high}")

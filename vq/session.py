@@ -1,0 +1,284 @@
+"""The back-end's side of a connection as a state machine without I/O: messages in, effects and replies out.
+
+`Session.receive` takes one message and gives the reply. Everything that must happen to the data plane goes through
+`apply(effect)`, which has obeyed when it returns; so a reply means that the data plane has obeyed. `TRANSITIONS` at the
+end says for each request which handler serves it (`vq.handle_*`), what state its ring must be in, and what becomes of a
+failure that cannot be reported. The rules of replying stand in `_answer` and `_refuse` and nowhere else.
+
+Spec: vhost-user, "Communication", "Ring states", "Front-end message types".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, Final, NamedTuple
+
+from vq import effects as e
+from vq import handle_device, handle_features, handle_memory, handle_rings
+from vq import virtio as v
+from vq.errors import FrontendError, ResourceError, UsageError, VqError
+from vq.message import FRONTEND_REQUESTS, Message, Request, Rule, encode_ack, encode_reply
+from vq.offer import SERVED_PROTOCOL_FEATURES, UNSERVED_FEATURES, Offer
+from vq.payload import VRING_INDEX_MASK
+from vq.region_table import LiveRegion
+from vq.ring_state import RingState, replace_fd
+
+__all__ = ["SERVED_PROTOCOL_FEATURES", "TRANSITIONS", "UNSERVED_FEATURES", "Offer", "Session"]
+
+log = logging.getLogger(__name__)
+
+
+class RingNeed(Enum):
+    """What a message demands of the ring it names."""
+
+    NONE = 0  # it names none
+    ANY = 1
+    STOPPED = 2
+
+
+class Silent(Enum):
+    """What becomes of a failure that the front-end cannot be told."""
+
+    CLOSE = 0  # it would go on with a wrong idea of memory, rings or log
+    IGNORE = 1
+
+
+class Transition(NamedTuple):
+    """One row: who serves a request, its ring, and what a silent failure leads to."""
+
+    run: Callable[..., Any]
+    ring: RingNeed = RingNeed.NONE
+    silent: Silent = Silent.CLOSE
+
+
+class Session:
+    """One connection's worth of protocol state.
+
+    Parameters
+    ----------
+    offer
+        What we offer.
+    apply
+        Carries out an effect before it returns, or raises `VqError` or `OSError` and has changed nothing. Returns the
+        base for `StopRing`, bytes for `ConfigRead`, anything otherwise.
+
+    Notes
+    -----
+    The session owns the fds of rings, the log event and the back-end channel. Only the control thread may call it. The
+    attributes belong to the handlers; everybody else reads them at most.
+    """
+
+    def __init__(self, offer: Offer, apply: Callable[[e.Effect], Any]) -> None:
+        self.offer = offer
+        self._apply = apply
+        self.closed = False
+        self.refused_count = 0
+        self.features = 0
+        self.features_known = False  # a SET_FEATURES has succeeded
+        self.features_refused = False  # the last one has failed
+        self.protocol_features = 0
+        self.status = 0
+        self.regions: tuple[LiveRegion, ...] = ()
+        self.rings = [RingState(index) for index in range(offer.queue_count)]
+        self.has_log = False
+        self.log_fd: int | None = None
+        self.backend_channel_fd: int | None = None
+
+    @property
+    def suspended(self) -> bool:
+        """Whether all rings are stopped, so that guest memory must not be written."""
+        return not any(ring.started for ring in self.rings)
+
+    @property
+    def packed(self) -> bool | None:
+        """The layout of the rings; None as long as no features have been acknowledged."""
+        return v.has(self.features, v.VIRTIO_F_RING_PACKED) if self.features_known else None
+
+    def apply(self, effect: e.Effect) -> Any:
+        """Have the data plane obey; whatever it fails with arrives as a `VqError`."""
+        try:
+            return self._apply(effect)
+        except OSError as problem:
+            raise ResourceError(f"{type(effect).__name__} failed", errno=problem.errno or 0) from problem
+
+    @contextmanager
+    def all_or_close(self) -> Iterator[None]:
+        """Make a failure inside fatal: the effects belong together, and from the middle there is no way back."""
+        try:
+            yield
+        except VqError as failure:
+            failure.fatal = True
+            raise
+
+    def negotiated(self, bit: int) -> bool:
+        """Tell whether a protocol feature has been negotiated."""
+        return v.has(self.protocol_features, bit)
+
+    def warn(self, text: str) -> None:
+        """Log a refusal; a front-end that floods us gets a line for each power of two."""
+        self.refused_count += 1
+        if self.refused_count <= 16 or self.refused_count & (self.refused_count - 1) == 0:
+            log.warning("%s (refusal %d of this connection)", text, self.refused_count)
+
+    def receive(self, message: Message) -> bytes | None:
+        """Serve one message; afterwards its fds are taken over or closed.
+
+        Parameters
+        ----------
+        message
+            A request of the front-end, as `vq.transport` delivers it.
+
+        Returns
+        -------
+        bytes or None
+            The reply to send, or None if none is due.
+
+        Raises
+        ------
+        FrontendError, ResourceError
+            The connection cannot go on; the session is closed already and everything is released.
+        UsageError
+            The session was closed before.
+        """
+        try:
+            if self.closed:
+                raise UsageError("session: closed; a new connection needs a new session")
+            return self._answer(message)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            message.close()
+
+    def close(self) -> None:
+        """Stop all rings, drop memory and log, close all fds. Does nothing the second time."""
+        if self.closed:
+            return
+        self.closed = True
+        last: list[e.Effect] = [e.StopRing(ring.index) for ring in self.rings if ring.started]
+        if self.regions:
+            last.append(e.SetMemory(()))
+        if self.has_log:
+            last.append(e.ClearLog())
+        for effect in last:
+            try:
+                self._apply(effect)
+            except Exception:
+                log.exception("session: %s failed while closing", effect)
+        for ring in self.rings:
+            ring.started = ring.enabled = False
+            ring.close_fds()
+        self.regions = ()
+        self.has_log = False
+        self.log_fd = replace_fd(self.log_fd, None)
+        self.backend_channel_fd = replace_fd(self.backend_channel_fd, None)
+
+    # --- The rules of replying -------------------------------------------------------------------------------------
+
+    def _answer(self, message: Message) -> bytes | None:
+        """Serve a message and make the one reply that is due, if one is due."""
+        rule = FRONTEND_REQUESTS.get(message.request)
+        transition = TRANSITIONS.get(message.request)
+        problem = self._illegal(message, rule)
+        if problem is not None or rule is None or transition is None:
+            limit = "this back-end does not serve it"
+            return self._refuse(message, problem or FrontendError(message.name, "request", "not negotiated", limit))
+        try:
+            result = transition.run(self, message, *self._ring_for(transition, message))
+        except (VqError, OSError) as failure:
+            return self._refuse(message, failure, ignore=transition.silent is Silent.IGNORE)
+        if self._has_own_reply(message.request):
+            return encode_reply(message.request, result)
+        # Asked after the message took effect, so that the SET_PROTOCOL_FEATURES that turns REPLY_ACK on is acked.
+        return encode_ack(message.request, failed=False) if self._can_ack(message) else None
+
+    def _refuse(self, message: Message, failure: VqError | OSError, *, ignore: bool = False) -> bytes | None:
+        """Nack if there is room for one; otherwise close (raise), or go on where nobody can be misled."""
+        if isinstance(failure, OSError):
+            failure = ResourceError(f"{message.name} failed", errno=failure.errno or 0)
+        if failure.fatal or self._has_own_reply(message.request) or not (ignore or self._can_ack(message)):
+            raise failure
+        self.warn(str(failure))
+        return encode_ack(message.request, failed=True) if self._can_ack(message) else None
+
+    def _can_ack(self, message: Message) -> bool:
+        rule = FRONTEND_REQUESTS.get(message.request)
+        always = rule is not None and rule.ack_always
+        return message.need_reply and (always or self.negotiated(v.VHOST_USER_PROTOCOL_F_REPLY_ACK))
+
+    def _has_own_reply(self, request: int) -> bool:
+        rule = FRONTEND_REQUESTS.get(request)
+        if request == Request.SET_LOG_BASE:  # without LOG_SHMFD it is an older message that has none
+            return self.negotiated(v.VHOST_USER_PROTOCOL_F_LOG_SHMFD)
+        return rule is not None and rule.reply is not None
+
+    def _illegal(self, message: Message, rule: Rule | None) -> FrontendError | None:
+        """Tell why a request is out of place before anything is done about it."""
+        if rule is None:
+            # 0 is no request but a sign that sender and receiver have lost each other.
+            fatal = message.request == 0
+            return FrontendError(message.name, "request", message.request, "no such request", fatal=fatal)
+        for bit, bits, name in (
+            (rule.gate.protocol, self.protocol_features, v.protocol_feature_names),
+            (rule.gate.offered, self.offer.features, v.feature_names),
+        ):
+            if bit is not None and not v.has(bits, bit):
+                feature = name(v.mask(bit))[0]
+                return FrontendError(message.name, feature, "not negotiated", "the request needs this feature")
+        return None
+
+    def _ring_for(self, transition: Transition, message: Message) -> tuple[RingState, ...]:
+        """Find the ring that a message is about, with its index checked; nothing for a message about none."""
+        if transition.ring is RingNeed.NONE:
+            return ()
+        payload = message.payload
+        index: int = payload & VRING_INDEX_MASK if isinstance(payload, int) else payload.ring
+        if index >= len(self.rings):
+            raise FrontendError(message.name, "ring index", index, f"there are {len(self.rings)} rings")
+        ring = self.rings[index]
+        if transition.ring is RingNeed.STOPPED and ring.started:
+            raise FrontendError(message.name, f"ring {index}", "started", "stop it with GET_VRING_BASE first")
+        return (ring,)
+
+
+R = Request
+_ANY = RingNeed.ANY
+_STOPPED = RingNeed.STOPPED
+_IGNORE = Silent.IGNORE
+
+# A request of the wire table without a row here is treated like one whose feature was not negotiated.
+TRANSITIONS: Final[dict[int, Transition]] = {
+    R.GET_FEATURES: Transition(handle_features.get_features),
+    R.SET_FEATURES: Transition(handle_features.set_features),
+    R.SET_OWNER: Transition(handle_features.set_owner),
+    R.RESET_OWNER: Transition(handle_features.reset_owner),
+    R.GET_PROTOCOL_FEATURES: Transition(handle_features.get_protocol_features),
+    R.SET_PROTOCOL_FEATURES: Transition(handle_features.set_protocol_features),
+    R.GET_QUEUE_NUM: Transition(handle_features.get_queue_num),
+    R.SET_STATUS: Transition(handle_features.set_status, silent=_IGNORE),
+    R.GET_STATUS: Transition(handle_features.get_status),
+    R.SET_BACKEND_REQ_FD: Transition(handle_features.set_backend_req_fd, silent=_IGNORE),
+    R.SET_MEM_TABLE: Transition(handle_memory.set_mem_table),
+    R.GET_MAX_MEM_SLOTS: Transition(handle_memory.get_max_mem_slots),
+    R.ADD_MEM_REG: Transition(handle_memory.add_mem_reg),
+    R.REM_MEM_REG: Transition(handle_memory.rem_mem_reg),
+    R.SET_LOG_BASE: Transition(handle_memory.set_log_base),
+    R.SET_LOG_FD: Transition(handle_memory.set_log_fd, silent=_IGNORE),
+    R.SET_VRING_NUM: Transition(handle_rings.set_vring_num, _STOPPED),
+    R.SET_VRING_ADDR: Transition(handle_rings.set_vring_addr, _ANY),
+    R.SET_VRING_BASE: Transition(handle_rings.set_vring_base, _STOPPED),
+    R.GET_VRING_BASE: Transition(handle_rings.get_vring_base, _ANY),
+    R.SET_VRING_KICK: Transition(handle_rings.set_vring_kick, _ANY),
+    R.SET_VRING_CALL: Transition(handle_rings.set_vring_call, _ANY),
+    R.SET_VRING_ERR: Transition(handle_rings.set_vring_err, _ANY, _IGNORE),
+    R.SET_VRING_ENABLE: Transition(handle_rings.set_vring_enable, _ANY),
+    R.VRING_KICK: Transition(handle_rings.vring_kick, _ANY),
+    R.SEND_RARP: Transition(handle_device.send_rarp, silent=_IGNORE),
+    R.NET_SET_MTU: Transition(handle_device.net_set_mtu, silent=_IGNORE),
+    R.GET_CONFIG: Transition(handle_device.get_config),
+    R.SET_CONFIG: Transition(handle_device.set_config, silent=_IGNORE),
+    R.RESET_DEVICE: Transition(handle_device.reset_device),
+}

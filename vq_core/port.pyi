@@ -1,0 +1,16 @@
+from typing import Any, ClassVar
+
+class Port:
+    directions: ClassVar[tuple[str, str]]
+    elastic: ClassVar[bool]
+    name: str
+    endpoint_count: int
+    mailboxes: list[object]
+    @property
+    def sources(self) -> list[int]: ...
+    @property
+    def targets(self) -> list[int]: ...
+    @property
+    def finished(self) -> bool: ...
+    def snapshot(self) -> dict[str, dict[str, Any]]: ...
+    def endpoint_snapshot(self, index: int) -> dict[str, dict[str, Any]]: ...
