@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 MARKERS = {
-    "interop": "drives the pump with a real front-end (QEMU guests, DPDK); slow, needs the peers of scripts/setup-peers.sh",
+    "interop": "drives the pump with a real front-end; slow, needs the peers of scripts/setup-peers.sh",
     "guest": "boots at least one QEMU guest",
     "dpdk": "runs DPDK's testpmd as front-end",
 }
@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         choices=("vq", "dpdk"),
         default="vq",
-        help="the back-end under the interop tests; dpdk puts testpmd there, to tell a fault of the rig from one of ours",
+        help="the back-end under the interop tests; dpdk (testpmd) tells a fault of the rig from one of ours",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
 import sys
 import time
@@ -109,6 +110,15 @@ class Backend:
         """SIGKILL."""
         self.child.kill()
 
+    def descriptors(self) -> list[str]:
+        """Name the open file descriptors of the process."""
+        return [str(entry.readlink()) for entry in Path(f"/proc/{self.child.pid}/fd").iterdir()]
+
+    def cpu_seconds(self) -> float:
+        """Read the processor time of the process, all its threads together."""
+        fields = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def wait_ready(self) -> None:
         """Wait until the sockets listen and the interfaces exist, as the back-end's own namespace sees them."""
         # A path may stand there from a killed process; only the kernel's table tells whether somebody listens on it.
@@ -192,13 +202,17 @@ class DpdkBackend(Backend):
     """DPDK's net_vhost, with net_tap where a TAP is asked for, joined by testpmd's io forwarding."""
 
     # net_tap takes packets without a vnet header, so what a guest leaves to be completed never is; there is no switch.
-    lacks = frozenset({"TAP offloads", "switch", "software completion", "queues over a TAP", "host_mtu"})
+    lacks = frozenset(
+        {"TAP offloads", "switch", "software completion", "queues over a TAP", "queue steering", "host_mtu"}
+    )
     testpmd: Testpmd
 
     def launch(self) -> None:
         vdevs = []
         for index, port in enumerate(self.ports):
             if port.kind == "vhost":
+                if "client" not in port.options:
+                    Path(port.target).unlink(missing_ok=True)  # it does not take over the socket of a dead process
                 words = [f"net_vhost{index}", f"iface={port.target}", f"queues={port.options.get('queues', 1)}"]
                 vdevs.append(",".join(words + (["client=1"] if "client" in port.options else [])))
             elif port.kind == "tap":
@@ -207,8 +221,9 @@ class DpdkBackend(Backend):
         mode = "rxonly" if "null" in kinds else "txonly" if "gen" in kinds else "io"
         queues = max(int(port.options.get("queues", 1)) for port in self.ports)
         options = [f"--forward-mode={mode}", f"--rxq={queues}", f"--txq={queues}"]
+        name = f"dpdk{next(_numbers)}"
         core = self.core if self.core is not None else 0
-        self.testpmd = Testpmd(f"dpdk{next(_numbers)}", vdevs, self.scratch, core=core, options=options, netns=self.netns)
+        self.testpmd = Testpmd(name, vdevs, self.scratch, core=core, options=options, netns=self.netns)
         self.child = self.testpmd.child
 
     def wait_ready(self) -> None:
@@ -225,7 +240,8 @@ class DpdkBackend(Backend):
                 counters.append(none)
                 continue
             now = next(found)
-            counters.append(PortCounters(now.received, now.transmitted, {"errors": now.transmit_errors} if now.transmit_errors else {}))
+            dropped = {"errors": now.transmit_errors} if now.transmit_errors else {}
+            counters.append(PortCounters(now.received, now.transmitted, dropped))
         return counters
 
     def stop(self) -> float:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
@@ -52,6 +52,8 @@ class Guest(Station):
         Virtual CPUs; as many as queue pairs, or Linux leaves the others unused.
     """
 
+    running: ClassVar[list[Guest]] = []  # for the report of a failure
+
     def __init__(
         self,
         sock: Path,
@@ -85,6 +87,7 @@ class Guest(Station):
             **(properties or {}),
         }
         self.child = Child(self.name, self._command(device, server, queues, cpus), scratch)
+        self.running.append(self)
 
     def _command(self, device: Mapping[str, Any], server: bool, queues: int, cpus: int) -> list[str]:
         found = requirements.find_kernel()
@@ -111,20 +114,28 @@ class Guest(Station):
         command += ["-chardev", f"socket,id=agent,path={self._agent_path},server=on,wait=off"]
         command += ["-chardev", f"socket,id=c0,path={self._sock},{role}"]
         command += ["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=vq"]
-        return command + ["-device", "virtio-net-pci," + ",".join(f"{key}={value}" for key, value in device.items())]
+        return [*command, "-device", "virtio-net-pci," + ",".join(f"{key}={value}" for key, value in device.items())]
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def wait_booted(self, timeout: float = BOOT_SECONDS) -> Guest:
         """Wait until the guest obeys commands."""
         if self._agent is None:
-            wait_until(f"{self.name}: QEMU's sockets", self._agent_path.exists, timeout, [self.child])
-            self._agent = socket.socket(socket.AF_UNIX)
-            self._agent.connect(str(self._agent_path))
+            wait_until(f"{self.name}: QEMU's sockets", self._connect_agent, timeout, [self.child])
         deadline = time.monotonic() + timeout
         while not self._line(deadline).startswith("ready"):
             pass
         return self
+
+    def _connect_agent(self) -> bool:
+        agent = socket.socket(socket.AF_UNIX)
+        try:
+            agent.connect(str(self._agent_path))
+        except OSError:  # QEMU has not bound it yet, or bound it and does not listen
+            agent.close()
+            return False
+        self._agent = agent
+        return True
 
     def reboot(self) -> None:
         """Reboot as a user does it in the guest, and wait until it is back."""
@@ -152,6 +163,8 @@ class Guest(Station):
             self._agent.close()
             self._agent = None
         self.child.kill()
+        if self in self.running:
+            self.running.remove(self)
 
     close = kill
 
@@ -190,7 +203,8 @@ class Guest(Station):
 
     def modprobe(self, name: str = "virtio_net") -> None:
         """Load a driver, and wait for its interface."""
-        self.check(f"modprobe {name}; for i in $(seq 100); do [ -e /sys/class/net/eth0 ] && exit; usleep 50000; done; exit 1")
+        self.check(f"modprobe {name}")
+        wait_until(f"eth0 of {self.name}", lambda: self.run("[ -e /sys/class/net/eth0 ]").code == 0, 10)
 
     def rmmod(self, name: str = "virtio_net") -> None:
         """Remove a driver."""
@@ -206,11 +220,11 @@ class Guest(Station):
         """
         found: dict[str, dict[int, int]] = {"rx": {}, "tx": {}}
         # Linux 6.1 says rx_queue_0_packets, later ones rx0_packets.
-        for kind, number, count in re.findall(r"([rt]x)(?:_queue_)?_?(\d+)_packets: (\d+)", self.check("ethtool -S eth0")):
+        pattern = r"([rt]x)(?:_queue_)?_?(\d+)_packets: (\d+)"
+        for kind, number, count in re.findall(pattern, self.check("ethtool -S eth0")):
             found[kind][int(number)] = int(count)
-        return {
-            name: [counts[i] for i in sorted(counts)] for name, counts in (("receiveq", found["rx"]), ("transmitq", found["tx"]))
-        }
+        names = {"receiveq": found["rx"], "transmitq": found["tx"]}
+        return {name: [counts[i] for i in sorted(counts)] for name, counts in names.items()}
 
     def console(self) -> str:
         """Give the end of the guest's console."""

@@ -19,8 +19,8 @@ TOOLS = ("ping", "ethtool", "iperf3")
 
 def cache_folder() -> Path:
     """Give the folder that keeps built images between runs."""
-    base = os.environ.get("VQ_TEST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vq-tests"
-    folder = Path(base)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("VQ_TEST_CACHE") or base / "vq-tests")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

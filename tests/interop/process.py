@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 LIVE: list[Child] = []  # in the order of their start; the report of a failing test shows them all
@@ -84,10 +85,9 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
             self.process.wait()
         if self.process.stdin and not self.process.stdin.closed:
-            try:
+            # The program may have ended with text of ours unread; nobody wants it any more.
+            with suppress(BrokenPipeError):
                 self.process.stdin.close()
-            except BrokenPipeError:
-                pass  # the program ended with text of ours unread; nobody wants it any more
         if self in LIVE:
             LIVE.remove(self)
 
@@ -105,7 +105,7 @@ class Child:
         return "\n".join(f"--- {title}\n{text}" for title, text in self.report() if text)
 
 
-def wait_until(what: str, condition: object, timeout: float, children: Sequence[Child] = (), pause: float = 0.02) -> float:
+def wait_until(what: str, condition: Callable[[], bool], timeout: float, children: Sequence[Child] = ()) -> float:
     """Wait until ``condition()`` is true; fail when a child ends before, or the time is over.
 
     Returns
@@ -113,7 +113,6 @@ def wait_until(what: str, condition: object, timeout: float, children: Sequence[
     float
         Seconds waited.
     """
-    assert callable(condition)
     begin = time.monotonic()
     while not condition():
         waited = time.monotonic() - begin
@@ -121,5 +120,5 @@ def wait_until(what: str, condition: object, timeout: float, children: Sequence[
         if ended or waited > timeout:
             why = f"{ended[0].name} ended" if ended else f"not within {timeout} s"
             raise AssertionError(f"{what}: {why}\n" + "\n".join(child.story() for child in ended or children))
-        time.sleep(pause)
+        time.sleep(0.02)
     return time.monotonic() - begin

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# A user's search path often lacks the folders of ethtool and ip, which need no privilege for what guests do with them.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
 REMEDY = "sudo make peers"
 KERNEL_FOLDERS = (Path("/var/cache/vq-peers/kernel"), Path("/"))
 MINIMUM_QEMU = (8, 0)  # 7.2 crashes without KVM as soon as a guest uses MSI-X on a vhost-user device

@@ -60,7 +60,7 @@ class Testpmd:
         for vdev in vdevs:
             command += ["--vdev", vdev]
         # The default pool of mbufs is for real cards; these ports hold a few rings of 256.
-        command += ["--", "-i", "--total-num-mbufs=8192", *options]
+        command += ["--", "-i", "--no-flush-rx", "--total-num-mbufs=8192", *options]
         self.child = Child(name, command, scratch, netns=netns)
         self._seen = 0
 

@@ -1,0 +1,103 @@
+"""The program as users call it: exit codes, one line for each error, help, completion."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vq
+from vq.cli import exit_code
+from vq.errors import BackendError, ConnectionClosed, FrontendError, GuestError, ResourceError, UsageError
+from vq.port_kinds import KINDS
+
+
+def call(*arguments: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vq", *arguments]
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def test_version() -> None:
+    done = call("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, vq.__version__)
+
+
+def test_help_names_the_commands_and_the_exit_codes() -> None:
+    done = call("--help")
+    assert done.returncode == 0
+    for part in ("pump", "demo", "--install-completion", "Exit codes: 0 done", "4 the machine refused"):
+        assert part in done.stdout
+
+
+def test_help_of_pump_names_every_kind_and_option() -> None:
+    done = call("pump", "--help")
+    assert done.returncode == 0
+    for kind in KINDS.values():
+        assert kind.usage in done.stdout
+        for option in kind.options:
+            assert option.usage in done.stdout
+    for option in ("--duration", "--interval", "--json", "--cpu", "--poll", "--verbose"):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_the_commands(shell: str, tmp_path: Path) -> None:
+    script = tmp_path / "completion"
+    done = call("--install-completion", "--shell", shell, "--output", str(script))
+    assert done.returncode == 0, done.stderr
+    assert "pump" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["pumpe"], "pumpe"),
+        (["pump"], "at least one PORT"),
+        (["pump", "null:", "--wrong"], "--wrong"),
+        (["pump", "null:", "--duration", "soon"], "--duration"),
+        (["pump", "null:", "--duration", "0"], "--duration is 0"),
+        (["pump", "null:", "--interval", "-1"], "--interval is -1"),
+        (["pump", "null:", "--poll", "never"], "adaptive"),
+        (["pump", "null:", "--cpu", "4-1"], "runs backwards"),
+        (["pump", "vhots:/a"], "did you mean vhost?"),
+        (["pump", "echo:"], "echo:"),
+        (["demo", "--layout", "round"], "split"),
+        (["demo", "--size", "1"], "size"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(arguments: list[str], part: str) -> None:
+    done = call(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("vq: error: ")
+    assert done.stderr.count("\n") == 1
+    assert part in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_refusal_of_the_machine_is_one_line_and_code_4(tmp_path: Path) -> None:
+    missing = tmp_path / "no" / "a.sock"
+    done = call("pump", f"vhost:{missing}")
+    assert done.returncode == 4
+    assert done.stderr.count("\n") == 1
+    assert str(missing) in done.stderr
+    assert "No such file or directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("x"), 2),
+        (FrontendError("GET_FEATURES", "size", 3, "0"), 3),
+        (BackendError("GET_FEATURES", "size", 3, "8"), 3),
+        (GuestError(0, 1, "loop"), 3),
+        (ConnectionClosed(), 3),
+        (ResourceError("no"), 4),
+        (PermissionError(13, "no"), 4),
+    ],
+)
+def test_whose_fault_decides_the_code(error: Exception, code: int) -> None:
+    assert exit_code(error) == code

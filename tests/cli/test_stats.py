@@ -1,0 +1,101 @@
+"""Snapshots to rates, lines and JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from vq.stats import encode, flows, loads, plain_lines, queue_words
+
+
+def snapshot(uptime: float, packets: int, **more: Any) -> dict[str, Any]:
+    return {
+        "time": 1.0e9 + uptime,
+        "uptime": uptime,
+        "ports": {
+            "vhost:a": {
+                "kind": "vhost",
+                "state": "running",
+                "features": ["VIRTIO_F_VERSION_1"],
+                "to_guest": {"packets": 2 * packets, "bytes": 200 * packets, "dropped": {"mtu": 3, "disabled": 1}},
+                "from_guest": {"packets": packets, "bytes": 100 * packets, "dropped": {}},
+                "queues": [
+                    {"name": "receiveq0", "started": True, "enabled": False, "broken": None},
+                    {"name": "transmitq0", "started": True, "enabled": True, "broken": "loop in a chain"},
+                ],
+            }
+        },
+        "workers": [{"cpu": 3, "busy_cycles": 10 * packets, "idle_cycles": 30 * packets, "sleeps": packets}],
+        **more,
+    }
+
+
+def test_rates_are_differences_over_time() -> None:
+    incoming, outgoing = flows(snapshot(1.0, 1000), snapshot(3.0, 5000))
+    assert (incoming.direction, outgoing.direction) == ("from_guest", "to_guest")
+    assert incoming.packets == 5000
+    assert incoming.packet_rate == pytest.approx(2000)
+    assert incoming.bit_rate == pytest.approx(4000 * 100 * 8 / 2)
+    assert outgoing.packet_rate == pytest.approx(4000)
+    assert outgoing.drops == "mtu 3, disabled 1"
+
+
+def test_without_an_earlier_snapshot_rates_are_since_the_start() -> None:
+    incoming, _ = flows(None, snapshot(2.0, 1000))
+    assert incoming.packet_rate == pytest.approx(500)
+
+
+def test_a_port_that_came_in_between_starts_at_zero() -> None:
+    empty = snapshot(1.0, 0)
+    empty["ports"] = {}
+    incoming, _ = flows(empty, snapshot(2.0, 1000))
+    assert incoming.packet_rate == pytest.approx(1000)
+
+
+def test_worker_load() -> None:
+    (load,) = loads(snapshot(1.0, 1000), snapshot(2.0, 3000))
+    assert load.cpu == 3
+    assert load.busy == pytest.approx(0.25)
+    assert load.sleep_rate == pytest.approx(2000)
+
+
+def test_no_time_and_no_cycles_divide_nothing_by_zero() -> None:
+    now = snapshot(1.0, 1000)
+    assert all(flow.packet_rate == 0 for flow in flows(now, now))
+    assert loads(now, now)[0].busy == 0.0
+
+
+def test_queues_that_do_not_run_are_told() -> None:
+    port = snapshot(1.0, 1)["ports"]["vhost:a"]
+    assert queue_words(port) == ["receiveq0 disabled", "transmitq0 broken: loop in a chain"]
+
+
+def test_plain_lines_say_port_state_direction_rate_and_drops() -> None:
+    lines = plain_lines(snapshot(1.0, 0), snapshot(2.0, 2_000_000))
+    assert lines[0] == "2.0s vhost:a running from_guest 2.000 Mpps 1.600 Gbit/s 2000000 packets"
+    assert lines[1].endswith("4000000 packets, dropped: mtu 3, disabled 1")
+    assert "2.0s vhost:a transmitq0 broken: loop in a chain" in lines
+
+
+def test_json_is_one_line_and_marks_the_end() -> None:
+    line = encode(snapshot(1.0, 5), final=True)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    record = json.loads(line)
+    assert record.pop("final") is True
+    assert record == snapshot(1.0, 5)
+    assert "final" not in json.loads(encode(snapshot(1.0, 5)))
+
+
+def test_the_table_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from vq.cli.tables import pump_view
+
+    Console(width=140).print(pump_view(snapshot(1.0, 0), snapshot(2.0, 2_000_000)))
+    text = capsys.readouterr().out
+    for part in ("vhost:a", "running", "from_guest", "2.000", "1.600", "4,000,000", "mtu 3", "receiveq0 disabled"):
+        assert part in text
+    assert "worker 0 on cpu 3: 25% busy" in text

@@ -1,0 +1,152 @@
+"""What the engine's tests share: a guest of our own driver on a VhostPort, without a socket, and memory in scattered pages."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from vq_core.driver import DriverQueue, GuestMemory
+from vq_core.memory import MemoryMap
+from vq_core.ports.vhost import VhostPort
+
+PAGE = 4096
+CANARY = 0xCC
+CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MRG_RXBUF = 1, 2, 1 << 7, 1 << 11, 1 << 15
+INDIRECT, EVENT_IDX, VERSION_1, IN_ORDER = 1 << 28, 1 << 29, 1 << 32, 1 << 35
+
+
+_PATTERN = bytes(1 + (i * 11 + (i >> 7)) % 127 for i in range(4096 + 66000))
+
+
+def pattern(length: int, seed: int) -> bytes:
+    """Bytes that never equal the canary nor zero, so that each one that is written shows."""
+    return _PATTERN[seed * 37 % 4096 :][:length]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Wait until `condition` gives something true, and give that."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.0005)
+    return result
+
+
+def signals(fd: int) -> int:
+    """Take how often an eventfd was signalled since the last look."""
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
+
+
+class Arena:
+    """Guest memory of one region a page: adjacent for the guest, scattered in every other address space."""
+
+    def __init__(self, memory: GuestMemory, pages: int = 64, start: int = 0x9000_0000) -> None:
+        self.memory, self.start, self.size = memory, start, pages * PAGE
+        for page in range(pages):
+            place = page * 29 % 64 if pages == 64 else pages - 1 - page
+            memory.add_region(PAGE, guest_addr=start + page * PAGE, user_addr=0x7E90_0000_0000 + place * 2 * PAGE)
+        self._views = [memory.view(start + page * PAGE, PAGE) for page in range(pages)]
+
+    def pieces(self, addr: int, length: int) -> Iterator[memoryview]:
+        """The parts of a range, a region each."""
+        while length:
+            piece = min(length, PAGE - addr % PAGE)
+            yield self._views[(addr - self.start) // PAGE][addr % PAGE : addr % PAGE + piece]
+            addr += piece
+            length -= piece
+
+    def poke(self, addr: int, data: bytes) -> None:
+        """Write over the borders of regions."""
+        for view in self.pieces(addr, len(data)):
+            view[:] = data[: len(view)]
+            data = data[len(view) :]
+
+    def peek(self, addr: int, length: int) -> bytes:
+        """Read over the borders of regions."""
+        return b"".join(self.pieces(addr, length))
+
+    def clean(self) -> None:
+        """Fill everything with the canary."""
+        for view in self._views:
+            view[:] = bytes([CANARY]) * PAGE
+
+    def place(self, at: int, lengths: Sequence[int], gaps: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
+        """Lay parts out one after the other from offset `at`: their (address, length), and the offset behind them."""
+        parts = []
+        for length, gap in zip(lengths, gaps, strict=True):
+            at += gap
+            parts.append((self.start + at, length))
+            at += length
+        assert at <= self.size, "the arena is too small for this test"
+        return parts, at
+
+
+class Guest:
+    """A pair of our driver's queues, and the port whose pair 0 serves them.
+
+    Parameters
+    ----------
+    features
+        Negotiated virtio features.
+    size
+        Entries of both rings.
+    base
+        Position that both rings start at.
+    memory
+        Guest memory; by default a MiB of its own.
+    mtu
+        As for VhostPort.configure.
+    """
+
+    def __init__(self, features: int = VERSION_1, *, size: int = 64, base: int = 0, memory: GuestMemory | None = None,
+                 mtu: int | None = None, name: str = "guest", start: bool = True) -> None:  # fmt: skip
+        self.features = features
+        self.memory = memory if memory is not None else GuestMemory(1 << 20)
+        self.map = MemoryMap(self.memory.regions)
+        self.receiveq = DriverQueue(self.memory, size, features=features, base=base)
+        self.transmitq = DriverQueue(self.memory, size, features=features, base=base)
+        self.port = VhostPort(name, 1)
+        self.port.configure(features, mtu)
+        self.header_bytes = 12 if features & (VERSION_1 | MRG_RXBUF) else 10
+        if start:
+            self.start(base=base)
+
+    @property
+    def rings(self) -> list[tuple[Any, DriverQueue]]:
+        return list(zip(self.port.queues, (self.receiveq, self.transmitq), strict=True))
+
+    def start(self, *, base: int = 0, enabled: bool = True, **options: Any) -> None:
+        for queue, driver in self.rings:
+            queue.start(self.map, driver.size, *driver.addresses, base, self.features, kick_fd=driver.kick_fd,
+                        call_fd=driver.call_fd, enabled=enabled, **options)  # fmt: skip
+
+    def stop(self) -> list[int]:
+        return [queue.stop() for queue, _ in self.rings]
+
+    def send(self, data: bytes, header: bytes | None = None) -> Any:
+        """Add one packet to the transmitq in a descriptor of its own; not published."""
+        return self.transmitq.add(readable=[(header or bytes(self.header_bytes)) + data])
+
+    def post(self, length: int, count: int = 1) -> None:
+        """Add receive buffers of `length` payload bytes; not published."""
+        for _ in range(count):
+            self.receiveq.add(writable=[self.header_bytes + length])
+
+    def received(self) -> list[bytes]:
+        """Packets that came into buffers of their own, without their headers."""
+        return [token.written(length)[self.header_bytes :] for token, length in self.receiveq.poll()]
+
+    @property
+    def to_guest(self) -> dict[str, Any]:
+        result: dict[str, Any] = self.port.snapshot()["to_guest"]
+        return result
+
+    @property
+    def from_guest(self) -> dict[str, Any]:
+        result: dict[str, Any] = self.port.snapshot()["from_guest"]
+        return result

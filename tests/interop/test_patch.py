@@ -1,0 +1,105 @@
+"""Two guests joined by the pump: what one may send and the other cannot take, the pump completes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from interop.backend import Backend
+from interop.features import KINDS, kernel_mtu
+from interop.guest import Guest
+from interop.rig import Rig
+from interop.traffic import FRAME_BYTES, MTU, PacketSizes, assert_ping, await_path, send_bulk
+
+pytestmark = pytest.mark.guest
+PAIRS = [
+    ("defaults", "defaults"),
+    ("defaults", "no_offloads"),
+    ("checksum_only", "plain"),
+    ("not_mergeable", "defaults"),
+    ("not_mergeable", "no_event_idx"),
+]
+FULL_BULK = PAIRS[:2]
+
+
+class Pair(NamedTuple):
+    """Two guests and the back-end between them."""
+
+    rig: Rig
+    names: tuple[str, str]
+    guests: tuple[Guest, Guest]
+    backend: Backend
+
+
+def _boot(rig: Rig, *properties: dict[str, str | int]) -> tuple[Backend, Guest, Guest]:
+    """Start the pump and two guests with these properties; both boot at once."""
+    backend = rig.backend(f"vhost:{rig.sock('a')}", f"vhost:{rig.sock('b')}")
+    started = [rig.guest(rig.sock(n), boot=False, properties=p) for n, p in zip("ab", properties, strict=True)]
+    first, second = (guest.wait_booted() for guest in started)
+    first.configure(1)
+    second.configure(2)
+    return backend, first, second
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """Boot two guests of the kinds that the parameter names."""
+    names = request.param
+    with Rig(request.config.getoption("--backend"), f"patch[{'-'.join(names)}]") as rig:
+        backend, first, second = _boot(rig, *(KINDS[name].properties for name in names))
+        yield Pair(rig, names, (first, second), backend)
+
+
+def test_ping_without_loss(pair: Pair) -> None:
+    first, second = pair.guests
+    assert_ping(first, second)
+    assert_ping(second, first)
+
+
+@pytest.mark.parametrize("size", [1472, 8000, 20000, 65000])
+def test_big_ping(pair: Pair, size: int) -> None:
+    assert_ping(*pair.guests, count=20, size=size)
+
+
+@pytest.mark.parametrize("way", ["forth", "back"])
+def test_tcp(pair: Pair, way: str) -> None:
+    step = 1 if way == "forth" else -1
+    source, target = pair.guests[::step]
+    sender, receiver = (KINDS[name] for name in pair.names[::step])
+    if sender.absent < receiver.absent:
+        pair.backend.requires("software completion")
+    await_path(source, target)
+    mib = 64 if pair.names in FULL_BULK else 16
+    with PacketSizes(source) as sent, PacketSizes(target) as received:
+        seconds = send_bulk(source, target, mib=mib)
+    pair.rig.note(
+        f"{way} {mib} MiB in {seconds:.1f} s, {sent.sent:.0f} bytes a packet sent, {received.received:.0f} received"
+    )
+    if sender.segments:
+        pair.backend.requires("TAP offloads")
+        assert sent.sent > 2 * MTU, "the sender was not allowed to leave segmentation to us"
+    if sender.segments and receiver.segments:
+        assert received.received > 2 * MTU, "a packet for TSO was cut up although the receiver takes it whole"
+    if not receiver.segments:
+        assert received.received <= FRAME_BYTES, "the receiver got packets that it never agreed to"
+
+
+def test_tcp_over_ipv6(pair: Pair) -> None:
+    first, second = pair.guests
+    if pair.names[0] != pair.names[1]:
+        pair.backend.requires("software completion")
+    await_path(first, second)
+    send_bulk(first, second, mib=8, ipv6=True)
+    send_bulk(second, first, mib=8, ipv6=True)
+
+
+def test_packets_of_the_host_mtu(rig: Rig) -> None:
+    """A 9000-byte MTU reaches the guests, and such packets pass unfragmented."""
+    if "host_mtu" in rig.backend_class.lacks:
+        pytest.skip("the stand-in has no host_mtu")
+    _, first, second = _boot(rig, {"host_mtu": 9000}, {"host_mtu": 9000})
+    assert kernel_mtu(first) == kernel_mtu(second) == 9000
+    assert_ping(first, second, count=50, size=8972, options="-M do")
+    send_bulk(first, second, mib=16)

@@ -1,0 +1,110 @@
+"""The documents: commands and files that they name exist, options are all there, links lead somewhere, examples run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quality.tree import ROOT, files, name
+from vq.port_kinds import KINDS, markdown
+from vq.ports import parse_ports
+
+DOCUMENTS = [path for path in files() if path.suffix == ".md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+
+
+def command_lines(path: Path) -> list[str]:
+    """Each command of the shell blocks of a document, continued lines joined, comments cut off."""
+    blocks = [match[2] for match in FENCE.finditer(path.read_text()) if match[1] == "sh"]
+    text = "\n".join(blocks).replace("\\\n", " ")
+    return [line for line in (raw.partition("#")[0].strip() for raw in text.splitlines()) if line]
+
+
+COMMANDS = [pytest.param(line, id=f"{path.stem}: {line[:60]}") for path in DOCUMENTS for line in command_lines(path)]
+
+
+def options_of(command: str) -> str:
+    return subprocess.run([sys.executable, "-m", "vq", command, "--help"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_each_command_exists(line: str) -> None:
+    program, *words = shlex.split(line)
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert words[0] in targets
+    elif program == "vq":
+        known = options_of(words[0])
+        assert f"Usage: vq {words[0]}" in known
+        for option in (word for word in words if word.startswith("-")):
+            assert re.search(rf"{option}\b", known), option
+        if words[0] == "pump":
+            assert parse_ports([word for word in words if re.match(r"[a-z]+:", word)])
+    else:
+        assert program in {"pip", "qemu-system-x86_64"}
+
+
+def test_the_first_screen_has_the_two_commands() -> None:
+    first = (ROOT / "README.md").read_text().split("\n")[:20]
+    assert [line.split("#")[0].strip() for line in first if line.startswith("make ")] == ["make demo", "make test"]
+
+
+def test_pump_md_has_the_table_of_the_program() -> None:
+    assert markdown() in (ROOT / "docs/pump.md").read_text(), "replace its part by: python -m vq.port_kinds"
+
+
+def test_pump_md_has_every_drop_cause() -> None:
+    from vq_core.counters import DROP_NAMES
+
+    text = (ROOT / "docs/pump.md").read_text()
+    assert [cause for cause in DROP_NAMES if f"`{cause}`" not in text] == []
+
+
+def test_the_readme_names_every_kind() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [kind.usage for kind in KINDS.values() if f"`{kind.usage}" not in text] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_named_files_and_links_exist(path: Path) -> None:
+    text = path.read_text()
+    named = re.findall(r"`((?:vq|vq_core|tests|scripts|docs|examples)/[\w./-]+|\.ci/run)`", text)
+    missing = [item for item in named if not (ROOT / item).exists()]
+    missing += [
+        link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link and not (path.parent / link).exists()
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("words", "part"), [(["generate.py", "0.1"], "1518 bytes"), (["echo.py", "1.2"], "listening: 0 packets came")]
+)
+def test_examples_run(words: list[str], part: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert part in done.stdout
+
+
+def test_the_example_that_asks_gets_an_answer(tmp_path: Path) -> None:
+    import threading
+
+    import vq
+
+    path = str(tmp_path / "a.sock")
+    with vq.Pump([f"vhost:{path}", "null:"]) as pump:
+        serving = threading.Thread(target=pump.run)
+        serving.start()
+        try:
+            command = [sys.executable, str(ROOT / "examples/ask.py"), path]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        finally:
+            pump.request_stop()
+            serving.join()
+    assert done.returncode == 0, done.stderr
+    assert "MRG_RXBUF" in done.stdout.split()

@@ -1,0 +1,275 @@
+"""The dirty-page log: the pages that are marked are exactly those that were written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import numpy
+import pytest
+from engine_rig import EVENT_IDX, INDIRECT, MRG_RXBUF, PAGE, VERSION_1, Arena, Guest, pattern
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vq_core.dirty import DirtyLog
+from vq_core.driver import GuestMemory
+
+many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FIRST = 0x10_0000                                      # low addresses, so that a log of all memory is small
+RINGS = 64 * PAGE
+
+
+class Log:
+    """A log in a memfd, and its pages as numbers."""
+
+    def __init__(self, pages: int = 512, offset: int = 0) -> None:
+        self.fd = os.memfd_create("log", os.MFD_CLOEXEC)
+        self.size, self.offset = pages // 8, offset
+        os.ftruncate(self.fd, offset + self.size + 100)
+        self.log = DirtyLog(self.fd, self.size, offset)
+
+    def marked(self) -> set[int]:
+        """Take the marked pages."""
+        bits = os.pread(self.fd, self.size, self.offset)
+        os.pwrite(self.fd, bytes(self.size), self.offset)
+        return {int(page) for page in numpy.flatnonzero(numpy.unpackbits(numpy.frombuffer(bits, numpy.uint8), bitorder="little"))}
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    log = Log()
+    yield log
+    os.close(log.fd)
+
+
+@pytest.fixture(scope="module")
+def arena() -> Arena:
+    return Arena(GuestMemory(RINGS, guest_addr=FIRST), 48, FIRST + RINGS)
+
+
+class Watch:
+    """All guest memory before and after."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.regions = [(addr, memoryview(guest.memory.view(addr, size))) for addr, size, *_ in guest.memory.regions]
+        self.before = self.bytes()
+
+    def bytes(self) -> list[bytes]:
+        return [bytes(view) for _, view in self.regions]
+
+    def changed(self) -> set[int]:
+        pages = set()
+        for (addr, _), before, after in zip(self.regions, self.before, self.bytes(), strict=True):
+            for at in range(0, len(before), PAGE):
+                if before[at : at + PAGE] != after[at : at + PAGE]:
+                    pages.add((addr + at) // PAGE)
+        return pages
+
+
+@pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | MRG_RXBUF, 0])
+@many
+@given(data=st.data())
+def test_exactly_the_written_pages_are_marked(harness: ModuleType, arena: Arena, features: int, data: st.DataObject) -> None:
+    guest, source = Guest(features | INDIRECT, memory=arena.memory), harness.Feed()
+    arena.clean()
+    at = data.draw(st.integers(0, PAGE))
+    for _ in range(data.draw(st.integers(1, 8))):
+        lengths = data.draw(st.lists(st.integers(1, 5000), min_size=1, max_size=3))
+        if at + sum(lengths) + 9000 > arena.size:
+            break
+        parts, at = arena.place(at, lengths, data.draw(st.tuples(*[st.sampled_from([0, 1, 3000])] * len(lengths))))
+        guest.receiveq.add((), parts, indirect=data.draw(st.booleans()))
+    guest.receiveq.publish()
+    log = Log()
+    try:
+        with_ring = data.draw(st.booleans())
+        for queue, driver in guest.rings:
+            queue.set_log(log.log, driver.guest_addresses[2] if with_ring else None)
+        for seed in range(data.draw(st.integers(1, 4))):
+            source.add(pattern(data.draw(st.integers(1, 6000)), seed))
+        before = Watch(guest)
+        harness.move(source, 0, guest.port, 0)
+        changed, marked = before.changed(), log.marked()
+        delivered = guest.to_guest["packets"]
+        used_page = guest.receiveq.guest_addresses[2] // PAGE
+        if delivered == 0:
+            # What was begun and rolled back may be marked and may have been written; it is in no used buffer.
+            changed.discard(used_page)
+        assert (marked | {used_page}) >= changed
+        if with_ring:
+            assert marked == changed
+        else:
+            assert marked == changed - {used_page}
+    finally:
+        os.close(log.fd)
+
+
+def test_a_transmitq_writes_no_page_but_those_of_its_used_ring(harness: ModuleType, log: Log) -> None:
+    memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
+    guest, target = Guest(VERSION_1, size=1024, memory=memory), harness.Collect()
+    driver = guest.transmitq
+    used = driver.guest_addresses[2]
+    guest.port.queues[1].set_log(log.log, used)
+    for burst in range(32):                            # fills slots 0 to 1023, a burst a time: the ring has three pages
+        for number in range(32):
+            guest.send(pattern(40, number))
+        driver.publish()
+        before = Watch(guest)
+        assert harness.move(guest.port, 0, target, 0) == (32, 32)
+        start, end = used + 4 + 256 * burst, used + 4 + 256 * (burst + 1)
+        marked = log.marked()
+        assert marked == {used // PAGE} | set(range(start // PAGE, (end - 1) // PAGE + 1))
+        assert marked >= before.changed() != set()
+        driver.poll()
+    guest.port.queues[1].set_log(log.log, None)
+    guest.send(b"without VRING_F_LOG")
+    driver.publish()
+    assert harness.move(guest.port, 0, target, 0) == (1, 1)
+    assert log.marked() == set()
+
+
+def test_used_elements_are_logged_over_the_end_of_the_index(harness: ModuleType, log: Log) -> None:
+    memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
+    guest, target = Guest(VERSION_1, size=1024, base=65536 - 16, memory=memory), harness.Collect()
+    driver = guest.transmitq
+    guest.port.queues[1].set_log(log.log, driver.guest_addresses[2])
+    for _ in range(32):
+        guest.send(b"packet")
+    driver.publish()
+    before = Watch(guest)
+    assert harness.move(guest.port, 0, target, 0) == (32, 32)
+    first = driver.guest_addresses[2] // PAGE
+    assert driver.guest_addresses[2] % PAGE == 0       # slots 1008 to 1023, then 0 to 15
+    assert log.marked() == {first, first + 1, first + 2} >= before.changed()
+
+
+@pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX])
+@pytest.mark.parametrize("index", [0, 1], ids=["receiveq", "transmitq"])
+def test_asking_for_kicks_is_logged(harness: ModuleType, log: Log, features: int, index: int) -> None:
+    """Flags and the event field are a part of the used ring as well (protocol 7.5)."""
+    memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
+    guest, source, target = Guest(features, size=1024, memory=memory), harness.Feed(), harness.Collect()
+    queue, driver = guest.rings[index]
+    queue.set_log(log.log, driver.guest_addresses[2])
+    guest.post(40)
+    guest.send(b"packet")
+    source.add(b"packet")
+    guest.receiveq.publish()
+    guest.transmitq.publish()
+    harness.move(guest.port, 0, target, 0)
+    harness.move(source, 0, guest.port, 0)
+    log.marked()
+    before = Watch(guest)
+    assert not harness.arm(guest.port, 0, True, True)
+    written = before.changed() & set(range(driver.guest_addresses[2] // PAGE, (driver.guest_addresses[2] + 4 + 8 * 1024 + 2) // PAGE + 1))
+    assert len(written) == 1
+    assert log.marked() == written
+    queue.set_log(log.log, None)
+    guest.send(b"packet")
+    guest.transmitq.publish()
+    harness.move(guest.port, 0, target, 0)
+    harness.arm(guest.port, 0, True, True)
+    assert log.marked() == set()
+
+
+def test_a_disabled_transmitq_logs_what_it_gives_back(harness: ModuleType, log: Log) -> None:
+    memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
+    guest = Guest(VERSION_1, memory=memory)
+    queue, driver = guest.rings[1]
+    queue.set_enabled(False)
+    queue.set_log(log.log, driver.guest_addresses[2])
+    guest.send(b"packet")
+    driver.publish()
+    before = Watch(guest)
+    harness.move(guest.port, 0, harness.Collect(), 0)
+    assert log.marked() == before.changed() == {driver.guest_addresses[2] // PAGE}
+
+
+def test_pages_beyond_the_log_are_counted_and_not_marked(harness: ModuleType) -> None:
+    memory = GuestMemory(64 * PAGE, guest_addr=0)
+    guest, source = Guest(VERSION_1, memory=memory), harness.Feed()
+    log = Log(pages=32)                                # bytes behind it in the file must stay as they are
+    try:
+        os.pwrite(log.fd, b"\xaa" * 100, log.size)
+        queue, driver = guest.rings[0]
+        queue.set_log(log.log, 1 << 60)
+        parts = [(31 * PAGE, 2000), (32 * PAGE - 10, 100), (40 * PAGE, 3000), (63 * PAGE, 100)]
+        for part in parts:
+            driver.add((), [part])
+        driver.publish()
+        for length in (1988, 50, 2000, 20):
+            source.add(pattern(length, length))
+        assert harness.move(source, 0, guest.port, 0) == (4, 4)
+        assert log.marked() == {31}
+        # Three payloads, the header that crosses the end of the log; four used elements and the index.
+        assert log.log.outside == 8 + 5 - 2
+        assert os.pread(log.fd, 100, log.size) == b"\xaa" * 100
+    finally:
+        os.close(log.fd)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4095, 4096, 10000])
+def test_a_log_may_begin_anywhere_in_its_file(harness: ModuleType, offset: int) -> None:
+    memory = GuestMemory(64 * PAGE, guest_addr=0)
+    guest, source = Guest(VERSION_1, memory=memory), harness.Feed()
+    log = Log(offset=offset)
+    try:
+        os.pwrite(log.fd, b"\x55" * offset, 0)
+        guest.port.queues[0].set_log(log.log)
+        guest.receiveq.add((), [(20 * PAGE, 5000)])
+        guest.receiveq.publish()
+        source.add(pattern(4500, 1))
+        harness.move(source, 0, guest.port, 0)
+        assert log.marked() == {20, 21}
+        assert os.pread(log.fd, offset, 0) == b"\x55" * offset
+    finally:
+        os.close(log.fd)
+
+
+def test_bits_of_others_stay(harness: ModuleType, log: Log) -> None:
+    memory = GuestMemory(64 * PAGE, guest_addr=0)
+    guest, source = Guest(VERSION_1, memory=memory), harness.Feed()
+    os.pwrite(log.fd, bytes([0b1000_0001]), 20 // 8)
+    guest.port.queues[0].set_log(log.log)
+    guest.receiveq.add((), [(20 * PAGE, 100)])
+    guest.receiveq.publish()
+    source.add(pattern(50, 1))
+    harness.move(source, 0, guest.port, 0)
+    assert log.marked() == {16, 20, 23}
+
+
+def test_on_and_off(harness: ModuleType, log: Log) -> None:
+    memory = GuestMemory(64 * PAGE, guest_addr=0)
+    guest, source = Guest(VERSION_1, memory=memory), harness.Feed()
+    queue = guest.port.queues[0]
+    marked = []
+    for page in range(20, 26):
+        guest.receiveq.add((), [(page * PAGE, 100)])
+        guest.receiveq.publish()
+        queue.set_log(log.log if page % 2 else None)
+        source.add(pattern(50, 1))
+        harness.move(source, 0, guest.port, 0)
+        marked.append(log.marked())
+    assert marked == [set(), {21}, set(), {23}, set(), {25}]
+    guest.stop()
+    guest.receiveq.add((), [(30 * PAGE, 100)])
+    guest.receiveq.publish()
+    guest.start()                                      # a start without a log does not remember the one before
+    source.add(pattern(50, 1))
+    harness.move(source, 0, guest.port, 0)
+    assert guest.receiveq.poll()[-1][1] == 62
+    assert log.marked() == set()
+
+
+@pytest.mark.parametrize(("size", "offset"), [(0, 0), (-1, 0), (1 << 40, 0), (100, 1 << 40), (8, -8)])
+def test_impossible_logs(size: int, offset: int) -> None:
+    fd = os.memfd_create("log", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, PAGE)
+        with pytest.raises(ValueError, match="dirty log"):
+            DirtyLog(fd, size, offset)
+    finally:
+        os.close(fd)
+
+
