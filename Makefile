@@ -1,0 +1,63 @@
+# make demo   the main job without a virtual machine and without root, every packet verified
+# make test   all tests; as root it first installs the peers that they drive (QEMU, DPDK, a guest kernel)
+# make build  virtual environment and compiled package only
+# make peers  the peers only
+# make lint   ruff, cython-lint, mypy
+# make clean  removes everything that these made
+#
+# Arguments for the program and for pytest: make demo DEMO="--size 1518 --duration 3", make test TESTS="tests/vq -k ring"
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?=
+TESTS ?=
+
+# Compiling starts anew when one of these changes; nothing happens when none did.
+SOURCES := $(shell find vq_core -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
+
+.PHONY: demo test build peers lint clean
+.DELETE_ON_ERROR:
+
+build: $(VENV)/built
+	@:
+
+demo: build
+	$(BIN)/vq demo $(DEMO)
+
+test: build
+	@if [ "$$(id -u)" = 0 ]; then scripts/setup-peers.sh; \
+	else echo "not root: tests that need the peers are skipped; sudo make peers brings them"; fi
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
+
+peers:
+	scripts/setup-peers.sh
+
+lint: build
+	$(BIN)/ruff check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint vq_core
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find vq_core -name '*.so' -delete
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/made: scripts/setup-venv.sh
+	scripts/setup-venv.sh $(VENV)
+	touch $@
+
+# First the dependencies and the checkout itself in editable form; from then on only what has changed is compiled.
+$(VENV)/built: $(VENV)/made pyproject.toml setup.py $(SOURCES)
+	$(if $(filter-out $(SOURCES),$?),$(INSTALL),$(COMPILE))
+	@touch $@
+
+define INSTALL
+$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+    > $(VENV)/build-requirements.txt
+$(BIN)/python -m pip install --quiet --requirement $(VENV)/build-requirements.txt
+@echo "compiling; a minute or two"
+$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+endef
+
+# setuptools calls the table that asks for parallel compilation experimental, each time.
+COMPILE = $(BIN)/python -W ignore setup.py --quiet build_ext --inplace

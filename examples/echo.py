@@ -1,0 +1,28 @@
+"""Echo a guest's packets for a while, from Python: python examples/echo.py [SECONDS [SOCKET]]."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import vq
+
+
+def report(now: dict[str, Any]) -> None:
+    for name, port in now["ports"].items():
+        print(f"{now['uptime']:5.1f} s {name} {port['state']}: {port['from_guest']['packets']} packets came")
+
+
+def main() -> None:
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
+    with tempfile.TemporaryDirectory() as folder:
+        path = sys.argv[2] if len(sys.argv) > 2 else str(Path(folder, "echo.sock"))
+        with vq.Pump([f"vhost:{path}"]) as pump:
+            print(f"connect a guest to {path}")
+            pump.run(duration=seconds, interval=1.0, on_interval=report)
+
+
+if __name__ == "__main__":
+    main()
