@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pytest
+
 from vq import effects as e
 from vq import virtio as v
 from vq.errors import ConnectionClosed, VqError
@@ -290,3 +292,13 @@ class BackendThread:
 def raw(request: int, body: bytes = b"", *, flags: int = VERSION, size: int | None = None) -> bytes:
     """Lay out any header before any bytes."""
     return HEADER.pack(request, flags, len(body) if size is None else size) + body
+
+
+def close_because(peer: Peer, request: int, payload: Any = None, fds: tuple[int, ...] = (), **how: bool) -> str:
+    """Expect that a message ends the connection with everything released; returns the reason."""
+    with pytest.raises(VqError) as caught:
+        peer.say(request, payload, fds, **how)
+    assert peer.session.closed
+    assert not peer.plane.rings
+    assert not peer.plane.regions
+    return str(caught.value)

@@ -13,14 +13,13 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
-from vq_core.timer import Timer
-
 from vq.apply import Applier
 from vq.device import Device
 from vq.endpoint import Connector, Listener, adopt, listen
 from vq.errors import ConnectionClosed, PeerError, ResourceError, UsageError, VqError
 from vq.session import Session
 from vq.transport import Connection
+from vq_core.timer import Timer
 
 __all__ = ["Backend"]
 

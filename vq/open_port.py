@@ -7,15 +7,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
-from vq_core.port import Port
-from vq_core.ports.gen import GenPort
-from vq_core.ports.null import NullPort
-
 from vq import virtio as v
 from vq.backend import Backend
 from vq.devices.net import NetDevice
 from vq.errors import ResourceError, UsageError
 from vq.ports import PortSpec
+from vq_core.port import Port
+from vq_core.ports.gen import GenPort
+from vq_core.ports.null import NullPort
 
 __all__ = ["OpenPort", "open_port"]
 
@@ -101,9 +100,8 @@ def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[]
 
 
 def _open_tap(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
-    from vq_core.ports.tap import TapPort
-
     from vq import netlink  # pyroute2 is slow to import
+    from vq_core.ports.tap import TapPort
 
     try:
         port = TapPort(spec.name, spec.target, queues=spec.number("queues"))

@@ -82,8 +82,7 @@ def _print_summary(result: DemoResult) -> None:
     from rich.table import Table
 
     mpps, gbits = _rates(result)
-    title = f"vq demo: {result.layout} ring, {result.size} bytes, {result.seconds:.1f} s"
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     rows = {
@@ -96,6 +95,7 @@ def _print_summary(result: DemoResult) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console = Console()
+    console.print(f"vq demo: {result.layout} ring, {result.size} bytes, {result.seconds:.1f} s", highlight=False)
     console.print(table)
     if result.ok:
         console.print("every packet came back once, in order and unchanged", style="green")
