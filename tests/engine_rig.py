@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vq_core.driver import DriverQueue, GuestMemory
 from vq_core.memory import MemoryMap
 from vq_core.ports.vhost import VhostPort
+from vq_core.worker import Plan, Worker
 
 PAGE = 4096
 CANARY = 0xCC
@@ -150,3 +153,30 @@ class Guest:
     def from_guest(self) -> dict[str, Any]:
         result: dict[str, Any] = self.port.snapshot()["from_guest"]
         return result
+
+
+@contextmanager
+def running(*workers: Worker) -> Iterator[tuple[Worker, ...]]:
+    """Run workers in threads of their own; stop and join them in the end."""
+    threads = [threading.Thread(target=worker.run, name=f"test-worker-{i}", daemon=True) for i, worker in enumerate(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.set_plan(Plan())
+            worker.stop()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def asleep(worker: Worker, seconds: float = 5.0) -> None:
+    """Wait until a worker sleeps: its rounds stand still."""
+    end = time.monotonic() + seconds
+    before = -1
+    while (rounds := worker.snapshot()["rounds"]) != before:
+        before = rounds
+        assert time.monotonic() < end, "the worker does not go to sleep"
+        time.sleep(0.02)

@@ -116,6 +116,8 @@ class Applier:
 
     def _set_kick(self, effect: e.SetKick) -> None:
         self.device.queues[effect.index].set_kick(effect.fd)
+        if effect.index in self.rings:
+            self.rings[effect.index] = replace(self.rings[effect.index], kick_fd=effect.fd)
 
     def _set_call(self, effect: e.SetCall) -> None:
         self.device.queues[effect.index].set_call(effect.fd)

@@ -1,0 +1,118 @@
+"""The session: messages for the device behind the rings."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import pytest
+
+from vhost_rig import (
+    NET_FEATURES,
+    NET_PROTOCOL_FEATURES,
+    SPLIT,
+    Peer,
+    make_message,
+    net_offer,
+)
+from vq import effects as e
+from vq import virtio as v
+from vq.message import Request
+from vq.payload import Config
+
+R = Request
+
+
+def test_rarp_announces_unicast_addresses_only(ready: Peer) -> None:
+    mac = bytes.fromhex("525400123456")
+    ready.say(R.SEND_RARP, int.from_bytes(mac, "little"))
+    ready.say(R.SEND_RARP, int.from_bytes(mac, "little") | 0xFFFF << 48)
+    ready.say(R.SEND_RARP, 0)
+    ready.say(R.SEND_RARP, int.from_bytes(bytes.fromhex("ffffffffffff"), "little"))
+    ready.say(R.SEND_RARP, int.from_bytes(bytes.fromhex("01005e000001"), "little"))
+    assert ready.plane.take() == [e.SendRarp(mac), e.SendRarp(mac)]
+
+
+@pytest.mark.parametrize(("mtu", "answer"), [(67, 1), (68, 0), (65535, 0), (65536, 1), (0, 1), (2**64 - 1, 1)])
+def test_mtu(ready: Peer, mtu: int, answer: int) -> None:
+    assert ready.acked(R.NET_SET_MTU, mtu) == answer
+    assert ready.plane.take() == ([] if answer else [e.SetMtu(mtu)])
+    assert ready.say(R.NET_SET_MTU, mtu) is None  # a wrong one is ignored, the session goes on
+
+
+def test_mtu_needs_an_offer_not_an_acknowledgement(peer: Peer) -> None:
+    peer.say(R.SET_PROTOCOL_FEATURES, NET_PROTOCOL_FEATURES)
+    assert peer.acked(R.NET_SET_MTU, 1500) == 0  # before SET_FEATURES, as QEMU does
+    other = Peer(net_offer(features=NET_FEATURES & ~v.mask(v.VIRTIO_NET_F_MTU)))
+    other.negotiate()
+    assert other.acked(R.NET_SET_MTU, 1500) == 1
+    other.close()
+
+
+def test_backend_channel_is_a_socket_and_is_kept(ready: Peer) -> None:
+    ours, theirs = socket.socketpair()
+    assert ready.acked(R.SET_BACKEND_REQ_FD, None, [ours.fileno()]) == 0
+    assert ready.session.backend_channel_fd is not None
+    assert ready.acked(R.SET_BACKEND_REQ_FD, None, [ours.fileno()]) == 0
+    assert ready.acked(R.SET_BACKEND_REQ_FD, None, [ready.memory_fd]) == 1
+    assert ready.say(R.SET_BACKEND_REQ_FD, None, [ready.memory_fd]) is None
+    ours.close()
+    ready.session.close()
+    assert theirs.recv(1) == b""
+    theirs.close()
+
+
+def test_config_is_read_and_filled_with_zeroes(ready: Peer) -> None:
+    space = bytes(ready.plane.config)
+    assert ready.say(R.GET_CONFIG, Config(0, 0, bytes(6))) == Config(0, 0, space[:6])
+    assert ready.say(R.GET_CONFIG, Config(8, 1, bytes(4))) == Config(8, 1, space[8:12])
+    assert ready.say(R.GET_CONFIG, Config(0, 0, bytes(256))).data == space + bytes(228)
+    assert ready.say(R.GET_CONFIG, Config(27, 0, bytes(2))).data == space[27:] + b"\0"
+
+
+@pytest.mark.parametrize(("offset", "size"), [(28, 1), (0, 257), (0, 0), (27, 230), (0xFFFFFFFF, 2), (0xFFFFFFF0, 16)])
+def test_config_out_of_range_has_an_empty_answer(ready: Peer, offset: int, size: int) -> None:
+    reply = ready.session.receive(make_message(R.GET_CONFIG, Config(offset, 0, bytes(size))))
+    assert reply == struct.pack("=3I", 24, 5, 0)
+    assert ready.plane.take() == []
+
+
+def test_config_that_cannot_be_read_has_an_empty_answer(ready: Peer) -> None:
+    ready.plane.fail = {e.ConfigRead}
+    assert ready.session.receive(make_message(R.GET_CONFIG, Config(0, 0, bytes(4)))) == struct.pack("=3I", 24, 5, 0)
+
+
+def test_config_is_written_inside_only(ready: Peer) -> None:
+    assert ready.acked(R.SET_CONFIG, Config(0, 0, b"abcdef")) == 0
+    assert ready.acked(R.SET_CONFIG, Config(27, 0, b"x")) == 0
+    assert bytes(ready.plane.config[:6]) == b"abcdef"
+    for wrong in (Config(27, 0, b"xy"), Config(28, 0, b"x"), Config(0xFFFFFFFF, 0, b"x"), Config(0, 0, b""),
+                  Config(0, 3, b"x"), Config(0, 0, bytes(300))):  # fmt: skip
+        assert ready.acked(R.SET_CONFIG, wrong) == 1
+    assert len(ready.plane.config) == 28
+    ready.plane.fail = {e.ConfigWrite}
+    assert ready.acked(R.SET_CONFIG, Config(0, 0, b"x")) == 1
+
+
+def test_migration_write_needs_a_device_that_stands(ready: Peer) -> None:
+    ready.say(R.SET_CONFIG, Config(0, 1, b"a"))
+    ready.start(0)
+    ready.plane.take()
+    ready.say(R.SET_CONFIG, Config(0, 1, b"a"))
+    assert ready.plane.take() == [e.ConfigWrite(0, b"a", False)]
+
+
+def test_reset_device_stops_and_disables_and_keeps_the_rest(ready: Peer) -> None:
+    ready.start(0)
+    ready.say(R.SET_VRING_ENABLE, (0, 1))
+    ready.say(R.SET_VRING_ENABLE, (1, 1))
+    ready.say(R.SET_STATUS, 0xF)
+    ready.plane.take()
+    assert ready.acked(R.RESET_DEVICE) == 0
+    assert ready.plane.take() == [e.StopRing(0), e.EnableRing(0, False), e.EnableRing(1, False), e.ResetDevice()]
+    assert ready.session.suspended
+    assert ready.session.regions
+    assert ready.session.features == SPLIT
+    assert ready.say(R.GET_STATUS) == 0
+    ready.start(0)
+    assert 0 in ready.plane.rings

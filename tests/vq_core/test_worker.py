@@ -1,0 +1,262 @@
+"""The worker loop with real threads: no packet is lost, no wake-up either, and nothing is burnt while idle."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from types import ModuleType
+
+import pytest
+from engine_rig import EVENT_IDX, MRG_RXBUF, VERSION_1, Guest, asleep, pattern, running, signals, wait_for
+
+from vq_core.driver import GuestMemory
+from vq_core.ports.gen import GenPort, frame
+from vq_core.ports.null import NullPort
+from vq_core.traffic import Exchange, traffic_memory_bytes
+from vq_core.worker import Plan, Worker
+
+CLEAN = {"lost": 0, "duplicated": 0, "reordered": 0, "changed": 0}
+
+
+def echo(guest: Guest) -> Plan:
+    return Plan([(guest.port, 0, guest.port, 0)])
+
+
+def faults(traffic: Exchange) -> dict[str, int]:
+    return {name: traffic.counters[name] for name in CLEAN}
+
+
+@pytest.mark.parametrize("poll", ["adaptive", "busy"])
+@pytest.mark.parametrize("features", [0, VERSION_1, VERSION_1 | EVENT_IDX, VERSION_1 | MRG_RXBUF])
+def test_echo(features: int, poll: str) -> None:
+    sizes = (64, 1514, 600, 9000)
+    guest = Guest(features, size=256, memory=GuestMemory(traffic_memory_bytes(256, 9000)))
+    with running(Worker(None, poll)) as (worker,):
+        worker.set_plan(echo(guest))
+        traffic = Exchange([(guest.transmitq, guest.receiveq)], sizes, poll="sleep" if poll == "adaptive" else "busy")
+        traffic.run(packets=3000)
+    assert faults(traffic) == CLEAN
+    assert traffic.counters["verified"] == 3000
+    counted = {"packets": 3000, "bytes": 3000 // 4 * sum(sizes), "dropped": {}}
+    assert guest.to_guest == guest.from_guest == counted
+
+
+@pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX])
+def test_no_wake_up_is_lost(features: int) -> None:
+    """Packets one by one, with pauses around the time after which a worker goes to sleep."""
+    guest, dice = Guest(features, size=8), random.Random(4)
+    fast = 0
+    with running(Worker()) as (worker,):
+        worker.set_plan(echo(guest))
+        for number in range(6000):
+            guest.post(16)
+            guest.receiveq.kick()
+            guest.send(number.to_bytes(16, "little"))
+            guest.transmitq.kick()
+            assert guest.receiveq.wait(5), f"packet {number} did not come back"
+            (packet,) = guest.received()
+            assert packet == number.to_bytes(16, "little")
+            guest.transmitq.poll()
+            pause = dice.random()
+            if pause < 0.6:
+                fast += 1
+            else:
+                end = time.perf_counter() + (pause - 0.6) * 500e-6
+                while time.perf_counter() < end:
+                    pass
+        assert worker.snapshot()["sleeps"] > 100
+    assert fast > 1000
+    assert guest.to_guest["packets"] == 6000
+
+
+def test_a_sleeping_worker_stands_still_and_a_busy_one_does_not() -> None:
+    guest, other = Guest(VERSION_1), Guest(VERSION_1)
+    with running(Worker(None, "adaptive"), Worker(None, "busy")) as (adaptive, busy):
+        adaptive.set_plan(echo(guest))
+        busy.set_plan(echo(other))
+        asleep(adaptive)
+        before = adaptive.snapshot()["rounds"], busy.snapshot()["rounds"]
+        time.sleep(0.1)
+        assert adaptive.snapshot()["rounds"] == before[0]
+        wait_for(lambda: busy.snapshot()["rounds"] > before[1])
+        assert busy.snapshot()["sleeps"] == 0
+        assert busy.snapshot()["empty_rounds"] == busy.snapshot()["rounds"]
+
+
+def test_what_happens_to_a_sleeping_queue_wakes_it() -> None:
+    """Start, enable and new kick descriptors are looked at without a kick."""
+    guest = Guest(VERSION_1, start=False)
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(guest.port, 0, guest.port, 0)]))
+        guest.post(8, 4)
+        guest.receiveq.publish()
+        guest.send(b"start")
+        guest.transmitq.publish()                      # no kick, here and below
+        asleep(worker)
+        guest.start()
+        assert wait_for(guest.received) == [b"start"]
+        asleep(worker)
+        guest.port.queues[1].set_kick(None)
+        guest.send(b"polled")
+        guest.transmitq.publish()
+        guest.port.queues[1].set_enabled(True)
+        assert wait_for(guest.received) == [b"polled"]
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            guest.port.queues[1].set_kick(fd)
+            asleep(worker)
+            guest.send(b"kicked")
+            guest.transmitq.publish()
+            os.eventfd_write(fd, 1)
+            assert wait_for(guest.received) == [b"kicked"]
+            assert signals(fd) == 1                    # kick descriptors are never read
+        finally:
+            guest.stop()
+            os.close(fd)
+
+
+def test_an_announcement_wakes_it(harness: ModuleType) -> None:
+    guest, target = Guest(VERSION_1), harness.Collect()
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(guest.port, 0, target, 0)]))
+        for _ in range(3):
+            asleep(worker)
+            guest.port.announce(bytes.fromhex("525400123456"))
+            wait_for(lambda: target.packets)
+            assert len(target.take()) == 1
+
+
+def test_a_guest_without_buffers_costs_only_its_own_packets(harness: ModuleType) -> None:
+    near, far = Guest(VERSION_1), Guest(VERSION_1)
+    far.post(20, 10)
+    far.receiveq.publish()
+    for number in range(50):
+        near.send(bytes([number + 1]))
+    near.transmitq.publish()
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(near.port, 0, far.port, 0)]))
+        wait_for(lambda: near.transmitq.outstanding == 0 or not near.transmitq.poll() and near.transmitq.outstanding == 0)
+    assert far.received() == [bytes([number + 1]) for number in range(10)]
+    assert far.to_guest == {"packets": 10, "bytes": 10, "dropped": {"no_descriptors": 40}}
+    assert near.from_guest == {"packets": 50, "bytes": 50, "dropped": {}}
+
+
+@pytest.mark.parametrize("features", [VERSION_1 | MRG_RXBUF, VERSION_1 | MRG_RXBUF | EVENT_IDX])
+def test_a_source_that_holds_loses_nothing(features: int) -> None:
+    """3,000 bytes into buffers of 500: the room says too much, and what does not fit has to wait."""
+    guest, source = Guest(features), GenPort("gen", 3000, 100)
+    got, buffers = b"", 0
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(source, 0, guest.port, 0)]))
+        asleep(worker)                                 # waits for room
+        dice = random.Random(1)
+        while guest.to_guest["packets"] < 100:
+            guest.post(488, min(dice.randrange(1, 12), guest.receiveq.free))
+            guest.receiveq.kick()
+            if dice.random() < 0.2:
+                worker.set_plan(Plan([(source, 0, guest.port, 0)]))
+            time.sleep(0.0005)
+            used = guest.receiveq.poll()
+            buffers += len(used)
+            got += b"".join(token.written(length) for token, length in used)
+        used = guest.receiveq.poll()
+        buffers += len(used)
+        got += b"".join(token.written(length) for token, length in used)
+    assert source.finished
+    assert buffers == 700                              # 3,012 bytes take seven buffers
+    assert got == (bytes(10) + b"\7\0" + frame(3000)) * 100
+    assert guest.to_guest == {"packets": 100, "bytes": 300000, "dropped": {}}
+
+
+def test_what_a_source_holds_is_counted_when_its_flow_ends() -> None:
+    guest, source = Guest(VERSION_1 | MRG_RXBUF), GenPort("gen", 3000, 1000)
+    guest.post(488, 8)
+    guest.receiveq.publish()
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(source, 0, guest.port, 0)]))
+        asleep(worker)
+        pulled = source.snapshot()["from_gen"]["packets"]
+        assert pulled == 8                             # eight buffers promised room for eight
+        assert guest.to_guest == {"packets": 1, "bytes": 3000, "dropped": {}}
+        worker.set_plan(Plan())
+        assert guest.to_guest["dropped"] == {"no_descriptors": 7}
+
+
+def test_flows_move_between_workers_without_loss() -> None:
+    guests = [Guest(VERSION_1 | EVENT_IDX, size=256, name=f"guest{i}") for i in range(2)]
+    moves = 0
+    with running(Worker(), Worker()) as workers:
+        traffic = Exchange([(guest.transmitq, guest.receiveq) for guest in guests], (64, 900), poll="sleep", patience=5)
+        thread = threading.Thread(target=traffic.run, kwargs={"duration": 1.5})
+        thread.start()
+        while thread.is_alive():
+            for worker in workers:
+                worker.set_plan(Plan())
+            for guest, worker in zip(guests, workers if moves % 2 else reversed(workers), strict=True):
+                worker.set_plan(echo(guest))
+            moves += 1
+            time.sleep(0.005)
+        thread.join()
+    assert faults(traffic) == CLEAN
+    assert traffic.counters["verified"] == traffic.counters["sent"] > 1000
+    assert moves > 20
+
+
+def test_an_endpoint_has_one_owner() -> None:
+    guest = Guest(VERSION_1)
+    with running(Worker(), Worker()) as (first, second):
+        first.set_plan(echo(guest))
+        with pytest.raises(ValueError, match="belongs to another worker"):
+            second.set_plan(echo(guest))
+        first.set_plan(Plan())
+        assert guest.port.mailboxes == [None]
+        second.set_plan(echo(guest))
+        assert guest.port.mailboxes == [second.mailbox]
+
+
+def test_plans_check_their_endpoints() -> None:
+    guest, null = Guest(VERSION_1), NullPort("null")
+    for flow in ((guest.port, 1, null, 0), (guest.port, 0, null, 1), (guest.port, -1, null, 0)):
+        with pytest.raises(IndexError, match="endpoint"):
+            Plan([flow])
+    with pytest.raises(TypeError):
+        Plan([(guest.port, 0, "null", 0)])
+    plan = Plan([(guest.port, 0, null, 0), (guest.port, 0, guest.port, 0)])
+    assert plan.owned == [(null, 0), (guest.port, 0)]
+
+
+def test_a_worker_stays_on_its_processor() -> None:
+    cpu = max(os.sched_getaffinity(0))
+    before = os.sched_getaffinity(0)
+    worker = Worker(cpu, "adaptive")
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    asleep(worker)
+    try:
+        assert os.sched_getaffinity(thread.native_id or -1) == {cpu}
+    finally:
+        worker.stop()
+        thread.join()
+    assert os.sched_getaffinity(0) == before
+    assert worker.snapshot()["cpu"] == cpu
+
+
+def test_only_known_ways_to_poll() -> None:
+    with pytest.raises(ValueError, match="adaptive and busy"):
+        Worker(None, "lazy")
+
+
+def test_several_flows_of_one_worker(harness: ModuleType) -> None:
+    guests = [Guest(VERSION_1, name=f"guest{i}") for i in range(3)]
+    targets = [harness.Collect(f"target{i}") for i in range(3)]
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(guest.port, 0, target, 0) for guest, target in zip(guests, targets, strict=True)]))
+        for number, guest in enumerate(guests):
+            for i in range(40):
+                guest.send(pattern(30, 100 * number + i))
+            guest.transmitq.kick()
+        wait_for(lambda: all(len(target.packets) == 40 for target in targets))
+    for number, target in enumerate(targets):
+        assert [packet.data for packet in target.take()] == [pattern(30, 100 * number + i) for i in range(40)]
