@@ -28,6 +28,15 @@ def pattern(length: int, seed: int) -> bytes:
     return _PATTERN[seed * 37 % 4096 :][:length]
 
 
+def wait_used(queue: DriverQueue, seconds: float = 5.0) -> bool:
+    """Sleep until a used buffer is there, whatever calls come for nothing meanwhile."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if queue.wait(left):
+            return True
+    return False
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
     """Wait until `condition` gives something true, and give that."""
     end = time.monotonic() + seconds

@@ -190,6 +190,8 @@ class Applier:
 
     def _reset(self, effect: e.ResetDevice) -> None:
         self.device.reset()
+        # The negotiation outlives a reset, and the session does not pass on a SET_FEATURES that changes nothing.
+        self.device.set_features(self.features)
 
     def _read_config(self, effect: e.ConfigRead) -> bytes:
         return self.device.read_config(effect.offset, effect.size)

@@ -157,7 +157,8 @@ def _open_gen(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], 
     count, rate = spec.maybe_number("count"), spec.maybe_number("rate")
     # Both are said of the whole port, so one endpoint keeps them.
     endpoints = lanes if count is None and rate is None else 1
-    return OpenPort(spec.name, spec.kind, GenPort(spec.name, spec.number("size"), count, rate, endpoints))
+    port = GenPort(spec.name, spec.number("size"), count, rate, endpoints)
+    return OpenPort(spec.name, spec.kind, port, close=port.close)
 
 
 OPENERS: Final[dict[str, Callable[[PortSpec, int, int, Callable[[], None]], OpenPort]]] = {

@@ -152,14 +152,13 @@ cdef bint _parse_ipv6(cut_t* cut, uint32_t protocol) noexcept nogil:
         return False
     cut.body = at
     cut.next_header = next_at
-    while at < cut.transport:    # each step takes 8 bytes at least, and `transport` is below HEADERS_MAX
+    # Each step takes 8 bytes at least, and `transport` is below HEADERS_MAX. The byte at `transport` is in the frame.
+    while at < cut.transport:
         kind = cut.frame[next_at]
         if kind != IPPROTO_DSTOPTS and kind != IPPROTO_ROUTING and \
                 (kind != IPPROTO_HOPOPTS or at != cut.network + IPV6_HEADER):
             return False         # also AH and fragments: nobody may cut these
         next_at = at
-        if at + 2 > cut.transport:
-            return False
         at += (<uint32_t>cut.frame[at + 1] + 1) * 8
         if kind != IPPROTO_DSTOPTS:
             cut.body = at

@@ -12,13 +12,12 @@ from quality.tree import below, name, without_comments
 # Once-only reads and writes of memory that a guest can change at any moment.
 SHARED = re.compile(r"\bvq_(?:snapshot\w*|put_\w+)\s*\(")
 SHARED_FILES = {
-    "vq_core/chain.pyx": "the copy of a descriptor, the only one that is used",
-    "vq_core/split.pxd": "the split ring's fields",
-    "vq_core/ports/vhost.pyx": "the virtio-net header at the head of a chain",
+    "vq_core/chain.pyx": "the copy of an indirect descriptor, the only one that is used",
+    "vq_core/split.pxd": "the copy of a descriptor of the table, the only one that is used",
+    "vq_core/ports/vhost.pyx": "the virtio-net header in a guest's buffers",
     "vq_core/switch.pyx": "reads the addresses of a borrowed packet's Ethernet header",
-    "vq_core/offload.pyx": "reads the headers of a borrowed packet",
+    "vq_core/offload.pyx": "its own copy of a packet, at any alignment",
     "vq_core/ports/pcap_replay.pyx": "fields of a mapped capture file, which its owner may change",
-    "vq_core/ports/pcap_writer.pyx": "the record before each packet, in a buffer of our own",
 }
 
 # Casts to a pointer to plain bytes or words, and of a number to any pointer; a cast of malloc's result is neither.

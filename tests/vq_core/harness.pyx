@@ -31,8 +31,8 @@ from libc.string cimport memcpy, memset
 from vq_core.arch cimport vq_cycles, vq_load_acquire_u32, vq_store_release_u32
 from vq_core.net cimport net_header_check
 from vq_core.offload cimport Offload, checksum_add, checksum_fold, offload_push
-from vq_core.port cimport (ARM_PULL, BURST_MAX, OFFLOAD_ALL, SEGMENTS_MAX, Port, burst_t, endpoint_t, packet_t,
-                           segment_t)
+from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_ALL, SEGMENTS_MAX, Port, burst_t, endpoint_t,
+                           packet_t, segment_t)
 from vq_core.switch cimport SwitchLane, switch_forward
 
 cdef extern from "<sys/epoll.h>" nogil:

@@ -73,7 +73,7 @@ def test_rate(rate: int) -> None:
         sleeps = worker.snapshot()["sleeps"]
     assert most <= 1
     assert sent >= 0.7 * elapsed * rate
-    assert sleeps > 10                                 # between two packets the worker sleeps
+    assert sleeps > 10 or rate > 10_000                # between two packets the worker sleeps, if they are far apart
 
 
 def test_a_slow_target_is_not_flooded_afterwards() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import IP, TCP, UDP, IPOption, IPOption_Router_Alert
-from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop, IPv6ExtHdrRouting, defragment6
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop, IPv6ExtHdrRouting, PadN, defragment6
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
@@ -433,6 +433,14 @@ def hostile(harness: ModuleType) -> dict[str, tuple[bytes, Any]]:
     v4, v6 = four.header, six.header
     loop = b"\0" * 12 + b"\x86\xdd" + b"\x60" + b"\0" * 5 + b"\x3c\x40" + b"\0" * 32
     options = loop + b"\x3c\0\0\0\0\0\0\0" * 4000
+
+    def behind_options(count: int, protocol: int, rest: bytes) -> bytes:
+        """IPv6 with that many options headers, all of them correct."""
+        return (
+            loop[:20] + b"\x3c" + loop[21:] + b"\x3c\0\0\0\0\0\0\0" * (count - 1) + bytes([protocol]) + bytes(7) + rest
+        )
+
+    segment = bytes(12) + b"\xf0" + bytes(2000)
     return {
         "doff below 5": (with_byte(four.data, 46, 0x40), v4),
         "doff 0": (with_byte(four.data, 46, 0), v4),
@@ -467,6 +475,11 @@ def hostile(harness: ModuleType) -> dict[str, tuple[bytes, Any]]:
         ),
         "IPv6 extension without end": (options, v6._replace(csum_start=54 + 8 * 50)),
         "IPv6 headers longer than ours": (options, v6._replace(csum_start=54 + 8 * 2000)),
+        "IPv6 options just too long": (
+            behind_options(56, 17, segment),
+            v6._replace(gso_type=USO, csum_start=54 + 8 * 56, csum_offset=6),
+        ),
+        "IPv6 and TCP options too long": (behind_options(53, 6, segment), v6._replace(csum_start=54 + 8 * 53)),
         "ARP": (with_byte(four.data, 13, 6), v4),
         "three VLAN tags": (
             four.data[:12] + b"\x81\0\0\1" * 3 + four.data[12:],
@@ -490,6 +503,21 @@ def test_hostile_headers(harness: ModuleType) -> None:
         assert harness.offload(Offload(), feed, collect) == [3], name
         assert collect.dropped == {"bad_gso": 1}, name
         assert [piece.data for piece in collect.take()] == pieces_expected(good.packet, 500) * 2, name
+
+
+def test_longest_headers(harness: ModuleType) -> None:
+    """As many options as a slot of headers holds, cut in each way."""
+    chain_of = IPv6ExtHdrDestOpt(options=PadN(optdata=b"\0" * 252))
+    hop = IPv6ExtHdrHopByHop(options=PadN(optdata=b"\0" * 164))
+    body = Raw(random.Random(3).randbytes(3000))
+    tall = Ether() / IPv6() / hop / chain_of / TCP(options=[("Timestamp", (1, 2)), ("NOP", None), ("NOP", None)]) / body
+    item = big(harness, tall, TCPV6, 1000)
+    assert item.start == 478
+    got, dropped = run(harness, [item])
+    assert dropped == {} and [piece.data for piece in got] == pieces_expected(item.packet, 1000)
+    item = big(harness, Ether() / IPv6() / hop / chain_of / UDP() / body, UFO, 1000)
+    got, dropped = run(harness, [item])
+    assert bytes(defragment6([Ether(piece.data)[IPv6] for piece in got])) == bytes(item.packet[IPv6])
 
 
 def test_most_pieces(harness: ModuleType) -> None:

@@ -233,11 +233,18 @@ cdef class GenPort(Port):
     def __dealloc__(self):
         cdef int i
         if self.state != NULL:
+            self.close()
             for i in range(self.endpoint_count):
                 free(self.state[i].slots)
-                if self.state[i].timer_fd >= 0:
-                    c_close(self.state[i].timer_fd)
         free(self.state)
+
+    def close(self):
+        """Close the timers, when no worker has an endpoint any more; may be called twice."""
+        cdef int i
+        for i in range(self.endpoint_count):
+            if self.state[i].timer_fd >= 0:
+                c_close(self.state[i].timer_fd)
+                self.state[i].timer_fd = -1
 
     @property
     def finished(self):
