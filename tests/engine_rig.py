@@ -1,4 +1,4 @@
-"""What the engine's tests share: a guest of our own driver on a VhostPort, without a socket, and memory in scattered pages."""
+"""What the engine's tests share: a guest of our own driver on a VhostPort, without a socket; scattered memory."""
 
 from __future__ import annotations
 
@@ -115,8 +115,17 @@ class Guest:
         As for VhostPort.configure.
     """
 
-    def __init__(self, features: int = VERSION_1, *, size: int = 64, base: int = 0, memory: GuestMemory | None = None,
-                 mtu: int | None = None, name: str = "guest", start: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        features: int = VERSION_1,
+        *,
+        size: int = 64,
+        base: int = 0,
+        memory: GuestMemory | None = None,
+        mtu: int | None = None,
+        name: str = "guest",
+        start: bool = True,
+    ) -> None:
         self.features = features
         self.memory = memory if memory is not None else GuestMemory(1 << 20)
         self.map = MemoryMap(self.memory.regions)
@@ -134,8 +143,17 @@ class Guest:
 
     def start(self, *, base: int = 0, enabled: bool = True, **options: Any) -> None:
         for queue, driver in self.rings:
-            queue.start(self.map, driver.size, *driver.addresses, base, self.features, kick_fd=driver.kick_fd,
-                        call_fd=driver.call_fd, enabled=enabled, **options)  # fmt: skip
+            queue.start(
+                self.map,
+                driver.size,
+                *driver.addresses,
+                base,
+                self.features,
+                kick_fd=driver.kick_fd,
+                call_fd=driver.call_fd,
+                enabled=enabled,
+                **options,
+            )
 
     def stop(self) -> list[int]:
         return [queue.stop() for queue, _ in self.rings]
@@ -167,7 +185,9 @@ class Guest:
 @contextmanager
 def running(*workers: Worker) -> Iterator[tuple[Worker, ...]]:
     """Run workers in threads of their own; stop and join them in the end."""
-    threads = [threading.Thread(target=worker.run, name=f"test-worker-{i}", daemon=True) for i, worker in enumerate(workers)]
+    threads = [
+        threading.Thread(target=worker.run, name=f"test-worker-{i}", daemon=True) for i, worker in enumerate(workers)
+    ]
     for thread in threads:
         thread.start()
     try:

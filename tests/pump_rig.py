@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import queue
 import subprocess
@@ -24,10 +23,14 @@ from vq_core.traffic import Exchange
 PLAIN = v.mask(v.VIRTIO_F_VERSION_1)
 USUAL = v.mask(v.VIRTIO_F_VERSION_1, v.VIRTIO_F_EVENT_IDX)
 PROTOCOL = v.mask(
-    v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_LOG_SHMFD, v.VHOST_USER_PROTOCOL_F_RARP,
-    v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_MTU, v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+    v.VHOST_USER_PROTOCOL_F_MQ,
+    v.VHOST_USER_PROTOCOL_F_LOG_SHMFD,
+    v.VHOST_USER_PROTOCOL_F_RARP,
+    v.VHOST_USER_PROTOCOL_F_REPLY_ACK,
+    v.VHOST_USER_PROTOCOL_F_MTU,
+    v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
     v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
-)  # fmt: skip
+)
 CLEAN = {"lost": 0, "duplicated": 0, "reordered": 0, "changed": 0}
 
 
@@ -56,7 +59,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 def mapped(what: str = "memfd:vq-guest-memory") -> int:
     """How many mappings of this process are of a file so called."""
-    gc.collect()
     with open("/proc/self/maps") as maps:
         return sum(what in line for line in maps)
 
@@ -82,9 +84,19 @@ class Guest:
         Take over memory and queues of another guest, which a crash of the back-end has left.
     """
 
-    def __init__(self, path: str, features: int = USUAL, *, pairs: int = 1, size: int = 256, memory_bytes: int = 8 << 20,
-                 guest_addr: int = 0x4000_0000, listen: bool = False, running: int | None = None,
-                 heir_of: Guest | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        path: str,
+        features: int = USUAL,
+        *,
+        pairs: int = 1,
+        size: int = 256,
+        memory_bytes: int = 8 << 20,
+        guest_addr: int = 0x4000_0000,
+        listen: bool = False,
+        running: int | None = None,
+        heir_of: Guest | None = None,
+    ) -> None:
         self.frontend = Frontend.listen(path, timeout=20) if listen else Frontend.connect(path, timeout=20)
         self.features = self.frontend.negotiate(features, PROTOCOL)
         self.frontend.set_features(self.features)
@@ -110,11 +122,20 @@ class Guest:
     def ring(self, index: int, *, logged: bool = False) -> RingSetup:
         """What is said about a ring; it goes on at the used index."""
         driver = self.queue(index)
-        return RingSetup(index, driver.size, *driver.addresses, driver.used_idx, driver.kick_fd, driver.call_fd, None,
-                         driver.guest_addresses[2], v.VHOST_VRING_F_LOG if logged else 0)  # fmt: skip
+        return RingSetup(
+            index,
+            driver.size,
+            *driver.addresses,
+            driver.used_idx,
+            driver.kick_fd,
+            driver.call_fd,
+            None,
+            driver.guest_addresses[2],
+            v.VHOST_VRING_F_LOG if logged else 0,
+        )
 
     def start(self, pair: int = 0, *, enable: bool = True) -> None:
-        """Enable and start both rings of a pair; in this order, since a started ring drops packets until it is enabled."""
+        """Enable and start both rings of a pair, in this order: a started ring drops packets until it is enabled."""
         for index in (2 * pair, 2 * pair + 1):
             self.frontend.enable_ring(index, enable)
             self.frontend.start_ring(self.ring(index), enable=False)
@@ -160,7 +181,9 @@ class Guest:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -216,3 +239,33 @@ def port_counters(pump: Pump, number: int) -> dict[str, Any]:
     ports: dict[str, Any] = pump.snapshot()["ports"]
     result: dict[str, Any] = ports[pump.ports[number].name]
     return result
+
+
+class Background:
+    """An exchange in a thread, to be stopped and looked at in the end."""
+
+    def __init__(self, streams: list[Any], sizes: Any = (64, 1514), **options: Any) -> None:
+        self.traffic = Exchange(streams, sizes, **({"poll": "sleep", "patience": 3} | options))
+        self.problem: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.traffic.run(duration=60)
+        except BaseException as problem:
+            self.problem = problem
+
+    def goes_on(self, packets: int = 50) -> None:
+        """Wait until more packets have come back."""
+        before = self.traffic.counters["verified"]
+        wait_for(lambda: self.problem or self.traffic.counters["verified"] >= before + packets)
+        assert self.problem is None
+
+    def finish(self, **wrong: int) -> dict[str, int]:
+        self.traffic.stop()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        assert self.problem is None
+        assert faults(self.traffic) == CLEAN | wrong
+        return self.traffic.counters

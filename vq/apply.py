@@ -9,13 +9,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from vq_core.dirty import DirtyLog
-from vq_core.memory import MemoryMap
-
 from vq import effects as e
 from vq import virtio as v
 from vq.device import Device
 from vq.errors import FrontendError
+from vq_core.dirty import DirtyLog
+from vq_core.memory import MemoryMap
 
 __all__ = ["Applier"]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vq_core.queue import Queue
-
 from vq.errors import FrontendError
 from vq.offer import Offer
+from vq_core.queue import Queue
 
 __all__ = ["Device"]
 

@@ -91,7 +91,8 @@ def start(session: Session, request: str, ring: RingState, kick_fd: int | None) 
     """Start a ring on the message, without waiting for a kick: newer front-ends send none."""
     try:
         if not session.regions:
-            raise FrontendError(request, f"ring {ring.index}", "without memory", "SET_MEM_TABLE must come first")
+            limit = "the front-end has shared no memory; give the guest memory with share=on, as vq pump prints it"
+            raise FrontendError(request, f"ring {ring.index}", "without memory", limit)
         session.apply(e.StartRing(ring.config(request, session.features, kick_fd)))
     except VqError:
         if ring.err_fd is not None:

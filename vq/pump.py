@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from vq_core.switch import Switch
-from vq_core.worker import Plan, Worker
-
 from vq.backend import Backend
 from vq.errors import GuestError, UsageError
 from vq.open_port import OpenPort, open_port
 from vq.plan import Flow, make_flows, spread
 from vq.ports import PortSpec, parse_ports
+from vq_core.switch import Switch
+from vq_core.worker import Plan, Worker
 
 __all__ = ["Pump"]
 

@@ -8,9 +8,9 @@ import os
 import sys
 
 if sys.byteorder != "little":
-    raise ImportError("vq_core runs on little-endian machines only: virtqueues of VIRTIO 1.0 and later are little-endian")
+    raise ImportError("vq_core runs on little-endian machines only: so are virtqueues since VIRTIO 1.0")
 
 
-def get_include():
+def get_include() -> str:
     """The directory of vq_core's C headers, for ``include_dirs`` of extensions that cimport vq_core."""
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), "include")

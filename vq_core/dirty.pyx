@@ -40,7 +40,8 @@ cdef class DirtyLog:
         cdef uint64_t page = os.sysconf("SC_PAGESIZE")
         cdef uint64_t start, skip
         if size <= 0 or offset < 0 or size + offset > 1 << 62:
-            raise ValueError(f"dirty log of {size} bytes at offset {offset}: size must be positive and the sum below 2^62")
+            raise ValueError(f"dirty log of {size} bytes at offset {offset}: size must be positive and the sum "
+                             "below 2^62")
         file_size = os.fstat(fd).st_size
         if size + offset > file_size:
             raise ValueError(f"dirty log needs {size + offset} bytes of its file, which has {file_size}")

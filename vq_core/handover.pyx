@@ -1,6 +1,5 @@
 """Handing over by publication: the cold side."""
-from cpython.exc cimport PyErr_SetFromErrno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint32_t
 from libc.string cimport memset
 from vq_core.arch cimport vq_exchange_u32, vq_fence, vq_load_acquire_u32, vq_pause, vq_store_release_u32
 from vq_core.notify cimport notify_signal

@@ -1,6 +1,5 @@
 """Memory maps from file descriptors (vhost-user: SET_MEM_TABLE, ADD_MEM_REG)."""
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from vq_core.virtio cimport gpa_t, uva_t
@@ -167,7 +166,8 @@ cdef class MemoryMap:
         key = (guest_addr, size, user_addr)
         rest = [mapping for mapping in self._mappings if (<_Mapping>mapping).key != key]
         if len(rest) == len(self._mappings):
-            raise KeyError(f"no memory region with guest_addr {guest_addr:#x}, size {size:#x}, user_addr {user_addr:#x}")
+            raise KeyError(f"no memory region with guest_addr {guest_addr:#x}, size {size:#x}, "
+                           f"user_addr {user_addr:#x}")
         if not rest:
             return None
         result = MemoryMap.__new__(MemoryMap)
@@ -220,7 +220,8 @@ def _check_table(table):
         ordered = sorted(table, key=lambda region: region[key])
         for before, after in zip(ordered, ordered[1:]):
             if before[key] + before[1] > after[key]:
-                raise ValueError(f"memory regions overlap in {name}: {before[key]:#x} + {before[1]:#x} > {after[key]:#x}")
+                raise ValueError(f"memory regions overlap in {name}: "
+                                 f"{before[key]:#x} + {before[1]:#x} > {after[key]:#x}")
 
 
 cdef _Mapping _map(tuple region, _Flag flag):

@@ -1,5 +1,5 @@
 """The checks of a virtio-net header that asks for something; headers of zeroes never come here."""
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t
 
 cdef enum:
     TCP_HEADER_MIN = 20

@@ -90,7 +90,8 @@ cdef class Port:
         if not 0 <= index < self.endpoint_count:
             raise IndexError(f"{self.name}: endpoint {index} of {self.endpoint_count}")
         cdef endpoint_t* endpoint = self.endpoints[index]
-        return {self.directions[0]: counters_snapshot(endpoint.pushed), self.directions[1]: counters_snapshot(endpoint.pulled)}
+        return {self.directions[0]: counters_snapshot(endpoint.pushed),
+                self.directions[1]: counters_snapshot(endpoint.pulled)}
 
     def _sum(self, bint pushed):
         cdef int i

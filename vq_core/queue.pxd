@@ -74,7 +74,8 @@ cdef inline void queue_request_kick(queue_t* queue) noexcept nogil:
     """Ask for a kick, and log the store that says so: flags or avail_event, both a part of the used ring."""
     split_request_kick(&queue.ring)
     if queue.log != NULL and queue.log_ring:
-        dirty_mark(queue.log, queue.log_guest_addr + (4 + 8 * <uint64_t>queue.ring.num if queue.ring.event_idx else 0), 2)
+        dirty_mark(queue.log,
+                   queue.log_guest_addr + (4 + 8 * <uint64_t>queue.ring.num if queue.ring.event_idx else 0), 2)
 
 cdef inline void queue_flush(queue_t* queue) noexcept nogil:
     """Call the driver if it wants to know of what was published since the last flush."""
@@ -123,4 +124,5 @@ cdef class Queue:
     cdef tuple _addresses        # (desc, avail, used), user addresses, while started
 
     cdef int _change(self, queue_change_t* change) except -1
-    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses, uint64_t features) except -1
+    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses,
+                      uint64_t features) except -1

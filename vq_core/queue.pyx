@@ -1,10 +1,10 @@
 """Virtqueues as the control plane sees them: start, stop, change, report."""
 from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
-from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_load_u16, vq_load_u64, vq_store_u64
+from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_load_u16
 from vq_core.counters cimport counters_snapshot
 from vq_core.dirty cimport DirtyLog
-from vq_core.handover cimport Mailbox, handover_run
+from vq_core.handover cimport handover_run
 from vq_core.memory cimport MemoryMap, memory_user_translate
 from vq_core.notify cimport notify_signal
 from vq_core.virtio cimport (VIRTIO_F_EVENT_IDX, VIRTQ_SIZE_MAX, gpa_t, has_feature, virtio_net_hdr_t, virtq_avail_t,
@@ -136,7 +136,8 @@ cdef class Queue:
         handover_run(self.mailbox, _run_change, &self.queue, change)
         return 0
 
-    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses, uint64_t features) except -1:
+    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses,
+                      uint64_t features) except -1:
         """Fill in the pointers of ring and memory; ValueError if a part does not lie in one region."""
         cdef uint64_t event_bytes = 2        # the event fields are always there in drivers of 1.0 and later, but ...
         cdef gpa_t ignored
@@ -149,7 +150,8 @@ cdef class Queue:
         for part, address, alignment, length in parts:
             found = <uintptr_t>memory_user_translate(&memory.memory, address, length, &ignored)
             if not found:
-                raise ValueError(f"queue {self.index}: {part} at {address:#x} ({length} bytes) does not lie in one memory region")
+                raise ValueError(f"queue {self.index}: {part} at {address:#x} ({length} bytes) does not lie in one "
+                                 "memory region")
             if address % alignment or found % alignment:
                 raise ValueError(f"queue {self.index}: {part} at {address:#x} is not aligned to {alignment} bytes")
             pointers.append(found)

@@ -11,8 +11,8 @@ Positions run freely modulo 2^16; a slot is position & mask. Invariants:
     shadow_avail_idx - last_avail_idx <= num.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from vq_core.arch cimport (vq_fence, vq_load_acquire_u16, vq_load_u16, vq_snapshot16, vq_store_release_u16, vq_store_u16,
-                           vq_store_u64)
+from vq_core.arch cimport (vq_fence, vq_load_acquire_u16, vq_load_u16, vq_snapshot16, vq_store_release_u16,
+                           vq_store_u16, vq_store_u64)
 from vq_core.virtio cimport (VIRTQ_AVAIL_F_NO_INTERRUPT, VIRTQ_USED_F_NO_NOTIFY, virtq_avail_t, virtq_desc_t,
                              virtq_used_t)
 from vq_core.notify cimport notify_crossed
@@ -63,7 +63,8 @@ cdef inline void split_descriptor(split_t* ring, uint16_t index, virtq_desc_t* c
 
 cdef inline void split_put_used(split_t* ring, uint16_t ahead, uint32_t head, uint32_t length) noexcept nogil:
     """Write the used element `ahead` of the next one; the driver sees it with `split_publish`."""
-    vq_store_u64(&ring.used.ring[<uint16_t>(ring.next_used_idx + ahead) & ring.mask], <uint64_t>head | <uint64_t>length << 32)
+    vq_store_u64(&ring.used.ring[<uint16_t>(ring.next_used_idx + ahead) & ring.mask],
+                 <uint64_t>head | <uint64_t>length << 32)
 
 cdef inline void split_advance_used(split_t* ring, uint16_t count) noexcept nogil:
     ring.next_used_idx = <uint16_t>(ring.next_used_idx + count)

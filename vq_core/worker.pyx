@@ -1,13 +1,12 @@
 """The worker loop; the only place that gives up the GIL for long."""
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
 from vq_core.counters cimport DROP_NO_DESCRIPTORS
-from vq_core.handover cimport Mailbox, handover_run, mailbox_drain, mailbox_poll, mailbox_t
-from vq_core.offload cimport Offload, offload_push, offload_t
+from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
+from vq_core.offload cimport Offload, offload_push
 from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, Port, burst_t, endpoint_t, packet_t
 from vq_core.switch cimport SwitchLane, switch_forward, switch_now_s
 
@@ -312,7 +311,8 @@ cdef class Worker:
         self.worker.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         memset(&event, 0, sizeof(event))
         event.events = EPOLLIN | EPOLLET
-        if self.worker.epoll_fd < 0 or epoll_ctl(self.worker.epoll_fd, EPOLL_CTL_ADD, self.mailbox.box.event_fd, &event):
+        if self.worker.epoll_fd < 0 or epoll_ctl(self.worker.epoll_fd, EPOLL_CTL_ADD,
+                                                 self.mailbox.box.event_fd, &event):
             PyErr_SetFromErrno(OSError)
         self.mailbox.box.epoll_fd = self.worker.epoll_fd
 
@@ -370,4 +370,5 @@ cdef class Worker:
     def snapshot(self):
         """dict: cpu, rounds, empty_rounds, busy_cycles, idle_cycles, sleeps since the start."""
         return {"cpu": self.cpu, "rounds": self.worker.rounds, "empty_rounds": self.worker.empty_rounds,
-                "busy_cycles": self.worker.busy_cycles, "idle_cycles": self.worker.idle_cycles, "sleeps": self.worker.sleeps}
+                "busy_cycles": self.worker.busy_cycles, "idle_cycles": self.worker.idle_cycles,
+                "sleeps": self.worker.sleeps}

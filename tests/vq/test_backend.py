@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import select
 import socket
 import stat
 import threading
@@ -13,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from pump_rig import USUAL, Guest, mapped
 from vhost_rig import open_fds
-
 from vq.backend import Backend
 from vq.devices.net import NetDevice
 from vq.endpoint import listen
@@ -30,8 +32,6 @@ def serving(**options: Any) -> Iterator[Backend]:
     backend = Backend(NetDevice("net", pairs=2), **options)
 
     def loop() -> None:
-        import select
-
         poll = select.poll()
         poll.register(backend.fileno(), select.POLLIN)
         while not stop.is_set():
@@ -90,9 +90,8 @@ def test_client_role_connects_when_somebody_listens_and_again(path: str) -> None
 def test_a_second_front_end_is_refused_and_the_first_goes_on(path: str) -> None:
     with serving(path=path) as backend, Guest(path) as first:
         for _ in range(3):
-            with Frontend.connect(path) as second:
-                with pytest.raises((ConnectionClosed, BackendError)):
-                    second.negotiate(USUAL)
+            with Frontend.connect(path) as second, pytest.raises((ConnectionClosed, BackendError)):
+                second.negotiate(USUAL)
         assert first.frontend.queue_num() == 2
         assert (backend.state, backend.connections) == ("running", 1)
 
@@ -107,10 +106,9 @@ def test_a_front_end_that_waited_is_served_after_the_first(path: str) -> None:
 
 def test_a_stale_socket_is_replaced_and_a_living_one_is_not(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(path)                                # and the process dies without a word
-    with serving(path=path), Guest(path):
-        with pytest.raises(ResourceError, match="living process"):
-            Backend(NetDevice("net", pairs=1), path=path)
+        dead.bind(path)  # and the process dies without a word
+    with serving(path=path), Guest(path), pytest.raises(ResourceError, match="living process"):
+        Backend(NetDevice("net", pairs=1), path=path)
     Path(path).write_text("precious")
     with pytest.raises(ResourceError, match="not a socket"):
         Backend(NetDevice("net", pairs=1), path=path)
@@ -165,32 +163,39 @@ def test_no_directory_no_socket(tmp_path: Path) -> None:
 
 
 def test_disconnect_and_close(path: str) -> None:
-    with serving(path=path) as backend, Guest(path) as guest:
-        stop = threading.Event()                       # dispatch() and disconnect() belong to one thread: let it rest
+    backend = Backend(NetDevice("net", pairs=2), path=path)
+    with Frontend.connect(path) as front:
+        soon(lambda: backend.dispatch() or backend.state == "connected")
         backend.disconnect()
-        assert guest.frontend.wait_closed(5)
+        assert front.wait_closed(5)
         assert backend.state == "listening"
-        stop.set()
+    with Frontend.connect(path) as front:
+        soon(lambda: backend.dispatch() or backend.state == "connected")
         backend.close()
-        backend.close()
-        assert backend.state == "closed"
+        assert front.wait_closed(5)
+    backend.close()
+    assert backend.state == "closed"
 
 
 def test_memory_features_and_rings_end_with_the_connection(path: str) -> None:
     with serving(path=path) as backend:
         before = mapped()
         with Guest(path) as guest:
-            assert mapped() == before + 2              # the guest's own mapping, and that of the back-end
+            assert mapped() == before + 2  # the guest's own mapping, and that of the back-end
             assert [queue.started for queue in backend.device.queues] == [True, True, False, False]
+            soon(lambda: backend.state == "running")
         soon(lambda: backend.state == "listening")
         assert not any(queue.started for queue in backend.device.queues)
+        assert mapped() == before + 1  # what is left is the guest's own
         del guest
+        gc.collect()
         assert mapped() == before
 
 
 def test_200_connections_leave_nothing_behind(path: str) -> None:
     changes = []
     with serving(path=path, changed=lambda: changes.append(1)) as backend:
+
         def once(number: int) -> None:
             guest = Guest(path, pairs=2, size=8, memory_bytes=1 << 16, running=number % 3)
             assert guest.frontend.queue_num() == 2

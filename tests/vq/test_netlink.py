@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from netns import ip, needs_root, own_network
 
+from netns import ip, needs_root, own_network
 from vq import netlink
 from vq.errors import ResourceError, UsageError
 

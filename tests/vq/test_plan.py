@@ -44,7 +44,7 @@ def named(flows: Sequence[Flow]) -> list[tuple[str, int, str, int]]:
 
 def test_one_port_is_an_echo() -> None:
     host = Host()
-    assert named(make_flows([host.port("a", 4)], None)) == [("a", 0, "a", 0)]          # pair 0 announces, if nothing else
+    assert named(make_flows([host.port("a", 4)], None)) == [("a", 0, "a", 0)]  # pair 0 announces, if nothing else
     assert named(make_flows([host.port("a", 4, [True, False, True])], None)) == [("a", i, "a", i) for i in range(3)]
 
 
@@ -52,8 +52,12 @@ def test_two_ports_are_a_patch() -> None:
     host = Host()
     a, b = host.port("a", 4, [True] * 3), host.port("b", 2, [True] * 2)
     assert named(make_flows([a, b], None)) == [
-        ("a", 0, "b", 0), ("a", 1, "b", 1), ("a", 2, "b", 0), ("b", 0, "a", 0), ("b", 1, "a", 1),
-    ]  # fmt: skip
+        ("a", 0, "b", 0),
+        ("a", 1, "b", 1),
+        ("a", 2, "b", 0),
+        ("b", 0, "a", 0),
+        ("b", 1, "a", 1),
+    ]
 
 
 def test_packets_go_to_pairs_that_take_them() -> None:
@@ -61,7 +65,7 @@ def test_packets_go_to_pairs_that_take_them() -> None:
     a, b = host.port("a", 3, [True] * 3), host.port("b", 3, [True, False, True])
     flows = named(make_flows([a, b], None))
     assert flows[:3] == [("a", 0, "b", 0), ("a", 1, "b", 2), ("a", 2, "b", 0)]
-    assert flows[3:] == [("b", 0, "a", 0), ("b", 1, "a", 1), ("b", 2, "a", 2)]         # emptied, so that it can be dropped
+    assert flows[3:] == [("b", 0, "a", 0), ("b", 1, "a", 1), ("b", 2, "a", 2)]  # emptied, so that it can be dropped
     nobody = host.port("c", 2)
     assert named(make_flows([a, nobody], None))[:3] == [("a", i, "c", 0) for i in range(3)]  # where it is counted
 
@@ -70,7 +74,9 @@ def test_interchangeable_endpoints_follow_the_others() -> None:
     host = Host()
     a = host.port("a", 4, [True] * 3)
     source, sink = GenPort("gen", endpoints=4), NullPort("null", endpoints=4)
-    assert named(make_flows([source, a], None)) == [("gen", i, "a", i) for i in range(3)] + [("a", i, "gen", i) for i in range(3)]
+    assert named(make_flows([source, a], None)) == [("gen", i, "a", i) for i in range(3)] + [
+        ("a", i, "gen", i) for i in range(3)
+    ]
     assert named(make_flows([a, sink], None)) == [("a", i, "null", i) for i in range(3)]
     assert named(make_flows([source, sink], None)) == [("gen", i, "null", i) for i in range(4)]
     assert named(make_flows([source, host.port("b", 2)], None))[:1] == [("gen", 0, "b", 0)]
@@ -82,10 +88,11 @@ def test_three_ports_are_a_switch() -> None:
     flows = make_flows(ports, switch := Switch(3))
     assert [(f.source.name, f.source_index, f.target_index) for f in flows] == [("a", 0, 0), ("a", 1, 0), ("b", 0, 1)]
     first, second, third = (f.target for f in flows)
-    assert first is third                              # one lane for one number of endpoints
+    assert first is third  # one lane for one number of endpoints
     assert [[(port.name, index) for port, index in lane.members] for lane in (first, second)] == [
-        [("a", 0), ("b", 0), ("null", 0)], [("a", 1), ("b", 0), ("null", 1)],
-    ]  # fmt: skip
+        [("a", 0), ("b", 0), ("null", 0)],
+        [("a", 1), ("b", 0), ("null", 1)],
+    ]
     assert first.switch is second.switch is switch
 
 

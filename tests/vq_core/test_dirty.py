@@ -8,15 +8,15 @@ from types import ModuleType
 
 import numpy
 import pytest
-from engine_rig import EVENT_IDX, INDIRECT, MRG_RXBUF, PAGE, VERSION_1, Arena, Guest, pattern
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine_rig import EVENT_IDX, INDIRECT, MRG_RXBUF, PAGE, VERSION_1, Arena, Guest, pattern
 from vq_core.dirty import DirtyLog
 from vq_core.driver import GuestMemory
 
 many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-FIRST = 0x10_0000                                      # low addresses, so that a log of all memory is small
+FIRST = 0x10_0000  # low addresses, so that a log of all memory is small
 RINGS = 64 * PAGE
 
 
@@ -33,7 +33,10 @@ class Log:
         """Take the marked pages."""
         bits = os.pread(self.fd, self.size, self.offset)
         os.pwrite(self.fd, bytes(self.size), self.offset)
-        return {int(page) for page in numpy.flatnonzero(numpy.unpackbits(numpy.frombuffer(bits, numpy.uint8), bitorder="little"))}
+        return {
+            int(page)
+            for page in numpy.flatnonzero(numpy.unpackbits(numpy.frombuffer(bits, numpy.uint8), bitorder="little"))
+        }
 
 
 @pytest.fixture
@@ -70,7 +73,9 @@ class Watch:
 @pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | MRG_RXBUF, 0])
 @many
 @given(data=st.data())
-def test_exactly_the_written_pages_are_marked(harness: ModuleType, arena: Arena, features: int, data: st.DataObject) -> None:
+def test_exactly_the_written_pages_are_marked(
+    harness: ModuleType, arena: Arena, features: int, data: st.DataObject
+) -> None:
     guest, source = Guest(features | INDIRECT, memory=arena.memory), harness.Feed()
     arena.clean()
     at = data.draw(st.integers(0, PAGE))
@@ -111,7 +116,7 @@ def test_a_transmitq_writes_no_page_but_those_of_its_used_ring(harness: ModuleTy
     driver = guest.transmitq
     used = driver.guest_addresses[2]
     guest.port.queues[1].set_log(log.log, used)
-    for burst in range(32):                            # fills slots 0 to 1023, a burst a time: the ring has three pages
+    for burst in range(32):  # fills slots 0 to 1023, a burst a time: the ring has three pages
         for number in range(32):
             guest.send(pattern(40, number))
         driver.publish()
@@ -140,7 +145,7 @@ def test_used_elements_are_logged_over_the_end_of_the_index(harness: ModuleType,
     before = Watch(guest)
     assert harness.move(guest.port, 0, target, 0) == (32, 32)
     first = driver.guest_addresses[2] // PAGE
-    assert driver.guest_addresses[2] % PAGE == 0       # slots 1008 to 1023, then 0 to 15
+    assert driver.guest_addresses[2] % PAGE == 0  # slots 1008 to 1023, then 0 to 15
     assert log.marked() == {first, first + 1, first + 2} >= before.changed()
 
 
@@ -162,7 +167,9 @@ def test_asking_for_kicks_is_logged(harness: ModuleType, log: Log, features: int
     log.marked()
     before = Watch(guest)
     assert not harness.arm(guest.port, 0, True, True)
-    written = before.changed() & set(range(driver.guest_addresses[2] // PAGE, (driver.guest_addresses[2] + 4 + 8 * 1024 + 2) // PAGE + 1))
+    written = before.changed() & set(
+        range(driver.guest_addresses[2] // PAGE, (driver.guest_addresses[2] + 4 + 8 * 1024 + 2) // PAGE + 1)
+    )
     assert len(written) == 1
     assert log.marked() == written
     queue.set_log(log.log, None)
@@ -189,7 +196,7 @@ def test_a_disabled_transmitq_logs_what_it_gives_back(harness: ModuleType, log: 
 def test_pages_beyond_the_log_are_counted_and_not_marked(harness: ModuleType) -> None:
     memory = GuestMemory(64 * PAGE, guest_addr=0)
     guest, source = Guest(VERSION_1, memory=memory), harness.Feed()
-    log = Log(pages=32)                                # bytes behind it in the file must stay as they are
+    log = Log(pages=32)  # bytes behind it in the file must stay as they are
     try:
         os.pwrite(log.fd, b"\xaa" * 100, log.size)
         queue, driver = guest.rings[0]
@@ -255,7 +262,7 @@ def test_on_and_off(harness: ModuleType, log: Log) -> None:
     guest.stop()
     guest.receiveq.add((), [(30 * PAGE, 100)])
     guest.receiveq.publish()
-    guest.start()                                      # a start without a log does not remember the one before
+    guest.start()  # a start without a log does not remember the one before
     source.add(pattern(50, 1))
     harness.move(source, 0, guest.port, 0)
     assert guest.receiveq.poll()[-1][1] == 62
@@ -271,5 +278,3 @@ def test_impossible_logs(size: int, offset: int) -> None:
             DirtyLog(fd, size, offset)
     finally:
         os.close(fd)
-
-

@@ -6,10 +6,10 @@ import time
 from types import ModuleType
 
 import pytest
-from engine_rig import VERSION_1, Guest, pattern, running, wait_for
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
+from engine_rig import VERSION_1, Guest, pattern, running, wait_for
 from vq_core.offload import Offload
 from vq_core.ports.gen import GenPort, frame
 from vq_core.ports.null import NullPort
@@ -27,7 +27,12 @@ def test_the_packet_is_a_valid_one(harness: ModuleType, size: int) -> None:
     assert all(packet.wants == 0 and not any(packet.header) for packet in packets)
     parsed = Ether(packets[0].data)
     assert len(packets[0].data) == size
-    assert (parsed[IP].len, parsed[UDP].len, parsed[IP].src, parsed[IP].dst) == (size - 14, size - 34, "198.18.0.1", "198.18.0.2")
+    assert (parsed[IP].len, parsed[UDP].len, parsed[IP].src, parsed[IP].dst) == (
+        size - 14,
+        size - 34,
+        "198.18.0.1",
+        "198.18.0.2",
+    )
     stated = parsed[IP].chksum
     del parsed[IP].chksum
     assert Ether(bytes(parsed))[IP].chksum == stated
@@ -73,14 +78,14 @@ def test_rate(rate: int) -> None:
         sleeps = worker.snapshot()["sleeps"]
     assert most <= 1
     assert sent >= 0.7 * elapsed * rate
-    assert sleeps > 10 or rate > 10_000                # between two packets the worker sleeps, if they are far apart
+    assert sleeps > 10 or rate > 10_000  # between two packets the worker sleeps, if they are far apart
 
 
 def test_a_slow_target_is_not_flooded_afterwards() -> None:
     guest, source = Guest(VERSION_1, size=256), GenPort("gen", 64, None, 1000)
     with running(Worker()) as (worker,):
         worker.set_plan(Plan([(source, 0, guest.port, 0)]))
-        time.sleep(0.4)                                # 400 packets are due, and there is no room for one
+        time.sleep(0.4)  # 400 packets are due, and there is no room for one
         assert guest.to_guest["packets"] == 0
         guest.post(64, 256)
         start = time.monotonic()
@@ -101,7 +106,14 @@ def test_what_comes_back_is_taken(harness: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [((59,), "60 to 9216"), ((9217,), "60 to 9216"), ((64, 0), "count"), ((64, 2**63), "count"), ((64, None, 0), "rate"), ((64, None, 10**9 + 1), "rate")],
+    [
+        ((59,), "60 to 9216"),
+        ((9217,), "60 to 9216"),
+        ((64, 0), "count"),
+        ((64, 2**63), "count"),
+        ((64, None, 0), "rate"),
+        ((64, None, 10**9 + 1), "rate"),
+    ],
 )
 def test_impossible_generators(arguments: tuple[int, ...], text: str) -> None:
     with pytest.raises(ValueError, match=text):

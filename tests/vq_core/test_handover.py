@@ -7,8 +7,8 @@ import time
 from types import ModuleType
 
 import pytest
-from engine_rig import VERSION_1, Guest, running, wait_for
 
+from engine_rig import VERSION_1, Guest, running, wait_for
 from vq_core.memory import MemoryMap
 from vq_core.worker import Plan, Worker
 
@@ -20,7 +20,7 @@ def mapped() -> int:
 
 def test_without_a_worker_the_caller_obeys_himself() -> None:
     guest, worker = Guest(VERSION_1), Worker()
-    worker.set_plan(Plan([(guest.port, 0, guest.port, 0)]))        # owned, but nobody runs yet
+    worker.set_plan(Plan([(guest.port, 0, guest.port, 0)]))  # owned, but nobody runs yet
     guest.port.queues[0].set_enabled(False)
     assert not guest.port.queues[0].live
     assert guest.stop() == [0, 0]
@@ -33,7 +33,7 @@ def test_an_ended_worker_hinders_nobody() -> None:
     worker.set_plan(Plan([(guest.port, 0, guest.port, 0)]))
     worker.stop()
     thread.join(10)
-    worker.stop()                                      # again
+    worker.stop()  # again
     start = time.monotonic()
     for _ in range(100):
         guest.port.queues[0].set_enabled(False)
@@ -76,7 +76,7 @@ def test_two_control_threads_at_once() -> None:
                 assert not guest.port.queues[0].live
                 guest.port.queues[0].set_enabled(True)
                 assert guest.port.queues[0].live
-        except BaseException as problem:  # noqa: BLE001 - handed over to the test
+        except BaseException as problem:
             problems.append(problem)
 
     with running(Worker()) as (worker,):

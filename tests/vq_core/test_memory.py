@@ -29,7 +29,8 @@ def mappings() -> int:
         return sum("memfd:guest" in line for line in maps)
 
 
-regions = st.lists(st.tuples(st.integers(0, 15), st.integers(1, 4 * PAGE)), min_size=1, max_size=8, unique_by=lambda r: r[0])
+slots = st.tuples(st.integers(0, 15), st.integers(1, 4 * PAGE))
+regions = st.lists(slots, min_size=1, max_size=8, unique_by=lambda slot: slot[0])
 
 
 @given(regions, st.data())
@@ -44,8 +45,11 @@ def test_translation_agrees_with_the_table(table, data):
         address = data.draw(st.one_of(st.sampled_from([e for e in edges if e >= 0]), st.integers(0, 2**64 - 1)))
         length = data.draw(st.one_of(st.integers(0, 5 * PAGE), st.integers(0, 2**64 - 1)))
         ordered = sorted(layout)
-        holders = [i for i, (start, size, *_) in enumerate(ordered) if start <= address and address + length <= start + size and address < start + size]
-        assert memory.translate(address, length) == ((holders[0], address - ordered[holders[0]][0]) if holders else None)
+        expected = None
+        for i, (start, size, *_) in enumerate(ordered):
+            if start <= address < start + size and address + length <= start + size:
+                expected = (i, address - start)
+        assert memory.translate(address, length) == expected
     finally:
         os.close(fd)
 
@@ -107,14 +111,17 @@ def test_adding_and_removing_share_mappings_and_leave_none_behind(memfd):
 
 def test_maps_and_logs_are_released_whatever_thread_drops_them(memfd):
     before = mappings()
-    kept = [MemoryMap([(0, 4 * PAGE, USER, 0, memfd)]) for _ in range(50)] + [DirtyLog(memfd, PAGE, 0) for _ in range(50)]
+    kept = [MemoryMap([(0, 4 * PAGE, USER, 0, memfd)]) for _ in range(50)]
+    kept += [DirtyLog(memfd, PAGE, 0) for _ in range(50)]
     thread = threading.Thread(target=kept.clear)
     thread.start()
     thread.join()
     assert mappings() == before
 
 
-@pytest.mark.parametrize(("size", "offset"), [(0, 0), (-1, 0), (PAGE, 64 * PAGE), (65 * PAGE, 0), (2**63, 2**63), (1, -1)])
+@pytest.mark.parametrize(
+    ("size", "offset"), [(0, 0), (-1, 0), (PAGE, 64 * PAGE), (65 * PAGE, 0), (2**63, 2**63), (1, -1)]
+)
 def test_bad_logs_are_refused(memfd, size, offset):
     with pytest.raises(ValueError, match="dirty log"):
         DirtyLog(memfd, size, offset)

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cython_support import load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 from scapy.utils import PcapReader, RawPcapNgWriter, rdpcap, wrpcap
+
+from cython_support import load
 from vq_core.ports.pcap import PcapPort
 
 ARM_PULL, ARM_PUSH = 1, 2

@@ -7,10 +7,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from engine_rig import EVENT_IDX, INDIRECT, PAGE, VERSION_1, Guest, pattern, signals
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine_rig import EVENT_IDX, INDIRECT, PAGE, VERSION_1, Guest, pattern, signals
 from vq_core.driver import DriverQueue, GuestMemory
 from vq_core.memory import MemoryMap
 from vq_core.queue import Queue
@@ -49,9 +49,13 @@ class Expected:
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("index", [0, 1], ids=["receiveq", "transmitq"])
 @many
-@given(base=bases, steps=st.lists(st.tuples(st.integers(1, 32), st.integers(-40, 40), st.integers(0, 1)), min_size=1, max_size=8))
-def test_calls_are_counted_exactly(harness: ModuleType, memory: GuestMemory, event_idx: bool, index: int, base: int,
-                                   steps: list[tuple[int, int, int]]) -> None:  # fmt: skip
+@given(
+    base=bases,
+    steps=st.lists(st.tuples(st.integers(1, 32), st.integers(-40, 40), st.integers(0, 1)), min_size=1, max_size=8),
+)
+def test_calls_are_counted_exactly(
+    harness: ModuleType, memory: GuestMemory, event_idx: bool, index: int, base: int, steps: list[tuple[int, int, int]]
+) -> None:
     guest = Guest(VERSION_1 | (EVENT_IDX if event_idx else 0), size=64, base=base, memory=memory)
     driver, expected = (guest.receiveq, guest.transmitq)[index], Expected(base, event_idx)
     source, target = harness.Feed(), harness.Collect()
@@ -80,12 +84,13 @@ def test_calls_are_counted_exactly(harness: ModuleType, memory: GuestMemory, eve
 @pytest.mark.parametrize("event_idx", [False, True])
 @many
 @given(base=bases, steps=st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=1, max_size=10))
-def test_kicks_are_asked_for_exactly_when_armed(harness: ModuleType, memory: GuestMemory, event_idx: bool, base: int,
-                                                steps: list[tuple[int, bool]]) -> None:  # fmt: skip
+def test_kicks_are_asked_for_exactly_when_armed(
+    harness: ModuleType, memory: GuestMemory, event_idx: bool, base: int, steps: list[tuple[int, bool]]
+) -> None:
     guest, target = Guest(VERSION_1 | (EVENT_IDX if event_idx else 0), base=base, memory=memory), harness.Collect()
     guest.send(b"first")
-    assert guest.transmitq.kick()                      # a driver's first one is always sent
-    assert harness.arm(guest.port, 0)                  # and found, whether the kick was seen or not
+    assert guest.transmitq.kick()  # a driver's first one is always sent
+    assert harness.arm(guest.port, 0)  # and found, whether the kick was seen or not
     harness.move(guest.port, 0, target, 0)
     signals(guest.transmitq.kick_fd)
     for count, sleeping in steps:
@@ -111,8 +116,8 @@ def test_a_receiveq_asks_for_kicks_while_somebody_waits_for_room(harness: Module
     source.add(b"packet")
     harness.move(source, 0, guest.port, 0)
     guest.post(50)
-    assert not guest.receiveq.kick()                   # nobody waits
-    assert harness.arm(guest.port, 0, False, True)     # that one is there already
+    assert not guest.receiveq.kick()  # nobody waits
+    assert harness.arm(guest.port, 0, False, True)  # that one is there already
     source.add(b"packet")
     harness.move(source, 0, guest.port, 0)
     assert not harness.arm(guest.port, 0, False, True)
@@ -122,7 +127,9 @@ def test_a_receiveq_asks_for_kicks_while_somebody_waits_for_room(harness: Module
 
 @many
 @given(base=bases, sizes=st.sampled_from([1, 2, 8, 64]), counts_=bursts)
-def test_indices_run_over_the_end(harness: ModuleType, memory: GuestMemory, base: int, sizes: int, counts_: list[int]) -> None:
+def test_indices_run_over_the_end(
+    harness: ModuleType, memory: GuestMemory, base: int, sizes: int, counts_: list[int]
+) -> None:
     guest = Guest(VERSION_1, size=sizes, base=base, memory=memory)
     source, target = harness.Feed(), harness.Collect()
     moved = 0
@@ -150,7 +157,7 @@ def test_more_than_a_whole_round_of_the_index(harness: ModuleType) -> None:
         for _ in range(32):
             guest.transmitq.add([(0x4000_0000, 60)])
         guest.transmitq.publish()
-        guest.transmitq.arm()                          # the next used buffer is to be told
+        guest.transmitq.arm()  # the next used buffer is to be told
         assert harness.move(guest.port, 0, target, 0) == (32, 32)
         calls += signals(guest.transmitq.call_fd)
         seen += len(guest.transmitq.poll())
@@ -169,7 +176,7 @@ def test_stop_tells_where_to_go_on(harness: ModuleType) -> None:
     guest.transmitq.publish()
     harness.move(guest.port, 0, target, 0, 7)
     assert guest.stop() == [65530, (65530 + 7) % 65536]
-    assert guest.stop() == [65530, 1]                  # a stopped ring answers the same
+    assert guest.stop() == [65530, 1]  # a stopped ring answers the same
     assert harness.move(guest.port, 0, target, 0) == (0, 0)
     for queue, _ in guest.rings:
         assert (queue.started, queue.live) == (False, False)
@@ -201,7 +208,7 @@ def test_used_index_is_read_once(harness: ModuleType) -> None:
     guest, target = Guest(VERSION_1), harness.Collect()
     guest.send(b"one")
     guest.transmitq.publish()
-    guest.transmitq.used_head[1] = 4711                # a guest that scribbles over the used ring hurts nobody else
+    guest.transmitq.used_head[1] = 4711  # a guest that scribbles over the used ring hurts nobody else
     harness.move(guest.port, 0, target, 0)
     assert int(guest.transmitq.used_head[1]) == 1
 
@@ -224,7 +231,7 @@ def test_a_new_call_descriptor_is_signalled_once(harness: ModuleType) -> None:
         assert (signals(fd), signals(driver.call_fd)) == (0, 0)
         queue.stop()
         queue.set_call(fd)
-        assert signals(fd) == 0                        # of a stopped ring nothing can have been missed
+        assert signals(fd) == 0  # of a stopped ring nothing can have been missed
     finally:
         os.close(fd)
 
@@ -252,7 +259,7 @@ def test_a_full_descriptor_does_not_hold_the_worker(harness: ModuleType) -> None
     assert signals(guest.transmitq.call_fd) == 2**64 - 2
 
 
-# ---- what start refuses ------------------------------------------------------------------------------------------------------
+# ---- what start refuses ----
 
 
 @pytest.mark.parametrize("num", [0, -1, 3, 100, 65536, 2**40])
@@ -264,7 +271,9 @@ def test_sizes(num: int) -> None:
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-@pytest.mark.parametrize(("shift", "text"), [(1, "not aligned"), (1 << 40, "one memory region"), (-(1 << 40), "one memory region")])
+@pytest.mark.parametrize(
+    ("shift", "text"), [(1, "not aligned"), (1 << 40, "one memory region"), (-(1 << 40), "one memory region")]
+)
 def test_placement(part: int, shift: int, text: str) -> None:
     guest = Guest(VERSION_1, start=False)
     addresses = list(guest.receiveq.addresses)
@@ -334,7 +343,7 @@ def test_new_memory_keeps_the_indices(harness: ModuleType) -> None:
     assert guest.stop() == [65535, 2]
 
 
-# ---- broken rings -------------------------------------------------------------------------------------------------------------
+# ---- broken rings ----
 
 
 def test_a_broken_queue_is_reported_once_and_heals_with_a_restart(harness: ModuleType) -> None:
@@ -356,11 +365,11 @@ def test_a_broken_queue_is_reported_once_and_heals_with_a_restart(harness: Modul
         assert queue.poll_report() == (900, "head outside queue_size", "VIRTIO 1.3, 2.7.6")
         assert queue.poll_report() is None
         assert (queue.broken, queue.live) == ("head outside queue_size", False)
-        assert not harness.arm(port, 0)                # nothing to wait for
+        assert not harness.arm(port, 0)  # nothing to wait for
         queue.set_enabled(False)
         queue.set_enabled(True)
         assert not queue.live
-        assert queue.stop() == 1                       # the good one was taken and given back
+        assert queue.stop() == 1  # the good one was taken and given back
         driver.avail[2 + 1] = 1
         queue.start(guest.map, 64, *driver.addresses, 1, VERSION_1, enabled=True)
         assert (queue.broken, queue.live) == (None, True)
@@ -379,8 +388,17 @@ def test_snapshot_says_what_happened(harness: ModuleType) -> None:
     guest.transmitq.add([b"short"])
     guest.transmitq.publish()
     harness.move(guest.port, 0, target, 0)
-    expected: dict[str, Any] = {"packets": 1, "bytes": 5, "dropped": {"too_short": 1}, "calls": 1, "calls_suppressed": 0,
-                                "size": 32, "started": True, "enabled": True, "broken": None}  # fmt: skip
+    expected: dict[str, Any] = {
+        "packets": 1,
+        "bytes": 5,
+        "dropped": {"too_short": 1},
+        "calls": 1,
+        "calls_suppressed": 0,
+        "size": 32,
+        "started": True,
+        "enabled": True,
+        "broken": None,
+    }
     assert queue.snapshot() == expected
     guest.stop()
     assert queue.snapshot() == expected | {"started": False}

@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cython_support import load
-from netns import ip, mac_of, needs_root, own_network, receive_all
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
-from vq_core.ports.tap import TapPort
 
+from cython_support import load
+from netns import ip, mac_of, needs_root, own_network, receive_all
 from vq import netlink
+from vq_core.ports.tap import TapPort
 
 pytestmark = needs_root
 

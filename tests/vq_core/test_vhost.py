@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from engine_rig import (
     CANARY,
     CSUM,
@@ -24,9 +27,6 @@ from engine_rig import (
     Guest,
     pattern,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from vq_core.driver import GuestMemory
 
 PACKET_MAX = 65553
@@ -58,11 +58,13 @@ def packets_out(draw: st.DrawFn) -> list[dict[str, Any]]:
     result = []
     for seed in range(draw(st.integers(1, 5))):
         length = draw(st.one_of(st.integers(1, 200), st.integers(1, 9000)))
-        result.append({
-            "payload": pattern(length, seed),
-            "indirect": draw(st.booleans()),
-            "writable": draw(st.sampled_from([0, 0, 0, 5])),
-        })  # fmt: skip
+        result.append(
+            {
+                "payload": pattern(length, seed),
+                "indirect": draw(st.booleans()),
+                "writable": draw(st.sampled_from([0, 0, 0, 5])),
+            }
+        )
     return result
 
 
@@ -95,11 +97,17 @@ def test_any_shape_of_a_transmit_buffer(harness: ModuleType, arena: Arena, data:
     assert [packet.data for packet in target.take()] == [packet["payload"] for packet in packets]
     assert guest.transmitq.poll() == [(token, 0) for token in tokens]
     assert arena.peek(arena.start, arena.size) == before, "a transmit buffer was written to"
-    assert guest.from_guest == {"packets": len(packets), "bytes": sum(len(p["payload"]) for p in packets), "dropped": {}}
+    assert guest.from_guest == {
+        "packets": len(packets),
+        "bytes": sum(len(p["payload"]) for p in packets),
+        "dropped": {},
+    }
     assert harness.move(guest.port, 0, target, 0) == (0, 0)
 
 
-def expected_buffers(lengths: list[int], rooms: list[int], header: int, mergeable: bool, size: int) -> tuple[list[list[int]], int, int]:
+def expected_buffers(
+    lengths: list[int], rooms: list[int], header: int, mergeable: bool, size: int
+) -> tuple[list[list[int]], int, int]:
     """By the specification: used lengths of each delivered packet, packets dropped, packets dealt with."""
     at, delivered, dropped = 0, [], 0
     for done, length in enumerate(lengths):
@@ -132,21 +140,31 @@ def test_any_shape_of_a_receive_buffer(harness: ModuleType, arena: Arena, data: 
         room = data.draw(room_sizes)
         lengths = data.draw(cuts(room, 6))
         indirect = len(lengths) + 1 > guest.receiveq.free or data.draw(st.booleans())
-        readable, at = arena.place(at, [3], [0]) if len(lengths) + 1 <= guest.receiveq.free and data.draw(st.booleans()) else ([], at)
+        readable, at = (
+            arena.place(at, [3], [0])
+            if len(lengths) + 1 <= guest.receiveq.free and data.draw(st.booleans())
+            else ([], at)
+        )
         parts, at = arena.place(at, lengths, data.draw(st.tuples(*[gaps] * len(lengths))))
         guest.receiveq.add(readable, parts, indirect=indirect)
         buffers.append(parts)
         rooms.append(room)
         for addr, length in parts:
             inside[addr - arena.start : addr - arena.start + length] = True
-    packets = [pattern(data.draw(st.one_of(st.integers(1, 100), st.integers(1, 5000))), seed) for seed in range(data.draw(st.integers(1, 6)))]
+    packets = [
+        pattern(data.draw(st.one_of(st.integers(1, 100), st.integers(1, 5000))), seed)
+        for seed in range(data.draw(st.integers(1, 6)))
+    ]
     for packet in packets:
         source.add(packet, segments=data.draw(cuts(len(packet), 4))[:-1])
     guest.receiveq.publish()
     delivered, dropped, dealt = expected_buffers([len(packet) for packet in packets], rooms, header, mergeable, size)
     assert harness.move(source, 0, guest.port, 0) == (len(packets), dealt)
-    assert guest.to_guest == {"packets": len(delivered), "bytes": sum(map(sum, delivered)) - header * len(delivered),
-                              "dropped": {"too_long": dropped} if dropped else {}}  # fmt: skip
+    assert guest.to_guest == {
+        "packets": len(delivered),
+        "bytes": sum(map(sum, delivered)) - header * len(delivered),
+        "dropped": {"too_long": dropped} if dropped else {},
+    }
     used = guest.receiveq.poll()
     assert [length for _, length in used] == [length for lengths in delivered for length in lengths]
     sent = iter(packets)
@@ -177,7 +195,12 @@ def test_an_indirect_table_and_a_header_across_regions(harness: ModuleType, aren
         payload = pattern(200, offset)
         arena.poke(header, bytes(12) + payload[:50])
         arena.poke(arena.start + 8 * PAGE - offset, payload[50:])
-        arena.poke(table, struct.pack("<" + "QIHH" * 3, header, 5, 1, 1, header + 5, 57, 1, 2, arena.start + 8 * PAGE - offset, 150, 0, 0))
+        arena.poke(
+            table,
+            struct.pack(
+                "<" + "QIHH" * 3, header, 5, 1, 1, header + 5, 57, 1, 2, arena.start + 8 * PAGE - offset, 150, 0, 0
+            ),
+        )
         token = guest.transmitq.add([(table, 48)])
         guest.transmitq.desc[token.id] = (table, 48, 4, 0)
         guest.transmitq.publish()
@@ -234,7 +257,7 @@ def test_num_buffers_may_need_both_bytes(harness: ModuleType) -> None:
     guest, source = Guest(VERSION_1 | MRG_RXBUF, size=1024), harness.Feed()
     packet = pattern(8000, 3)
     for _ in range(300):
-        guest.receiveq.add(writable=[10, 17])       # num_buffers begins in the second descriptor
+        guest.receiveq.add(writable=[10, 17])  # num_buffers begins in the second descriptor
     guest.receiveq.publish()
     source.add(packet)
     assert harness.move(source, 0, guest.port, 0) == (1, 1)
@@ -279,7 +302,10 @@ def test_the_largest_packet(harness: ModuleType, length: int, parts: int) -> Non
 def test_what_has_no_payload_is_dropped_and_given_back(harness: ModuleType, features: int) -> None:
     guest, target = Guest(features), harness.Collect()
     header = guest.header_bytes
-    shapes: list[list[bytes]] = [[bytes(n)] for n in range(1, header + 1)] + [[bytes(header), b""], [bytes(4), bytes(header - 4)]]
+    shapes: list[list[bytes]] = [[bytes(n)] for n in range(1, header + 1)] + [
+        [bytes(header), b""],
+        [bytes(4), bytes(header - 4)],
+    ]
     for shape in shapes:
         guest.transmitq.add(shape)
     guest.send(b"behind them")
@@ -312,7 +338,7 @@ def test_chains_with_more_segments_than_a_burst_holds(harness: ModuleType) -> No
     got = [packet.data for packet in target.take()]
     assert got == [fits, fits[:600], fits[:500], fits[:300]]
     assert sum(pulls) == 4
-    assert max(pulls) <= 2                             # 600 + 500 segments are more than a burst has
+    assert max(pulls) <= 2  # 600 + 500 segments are more than a burst has
     assert guest.from_guest["dropped"] == {"segments": 1}
     assert len(guest.transmitq.poll()) == 5
 
@@ -321,7 +347,7 @@ def test_a_longer_packet_than_the_mtu_is_dropped(harness: ModuleType) -> None:
     guest, source = Guest(VERSION_1 | GUEST_CSUM | GUEST_TSO4, mtu=1500), harness.Feed()
     guest.post(9000, 8)
     guest.receiveq.publish()
-    source.add(pattern(1518, 1))                       # an Ethernet header and a VLAN tag more
+    source.add(pattern(1518, 1))  # an Ethernet header and a VLAN tag more
     source.add(pattern(1519, 2))
     segmented = harness.Header(1, 1, 54, 1460, 34, 16)
     source.add(pattern(5000, 3), header=segmented)
@@ -370,12 +396,20 @@ def test_an_announcement_needs_no_ring(harness: ModuleType) -> None:
     assert len(target.take()) == 1
 
 
-# ---- headers -------------------------------------------------------------------------------------------------------------
+# ---- headers ----
 
 TCP4 = bytes(12) + b"\x08\x00" + bytes([0x45]) + bytes(8) + b"\x06" + bytes(10) + bytes(12) + b"\x50" + bytes(7)
 
 
-def header(flags: int = 0, gso_type: int = 0, hdr_len: int = 0, gso_size: int = 0, start: int = 0, offset: int = 0, tail: bytes = b"\0\0") -> bytes:
+def header(
+    flags: int = 0,
+    gso_type: int = 0,
+    hdr_len: int = 0,
+    gso_size: int = 0,
+    start: int = 0,
+    offset: int = 0,
+    tail: bytes = b"\0\0",
+) -> bytes:
     return struct.pack("<BBHHHH", flags, gso_type, hdr_len, gso_size, start, offset) + tail
 
 
@@ -384,7 +418,7 @@ def header(flags: int = 0, gso_type: int = 0, hdr_len: int = 0, gso_size: int = 
     ("features", "asked", "result"),
     [
         (0, header(), (0, (0,) * 6)),
-        (0, header(flags=2, hdr_len=9, gso_size=7, start=3, offset=4), (0, (0,) * 6)),     # DATA_VALID is ignored here
+        (0, header(flags=2, hdr_len=9, gso_size=7, start=3, offset=4), (0, (0,) * 6)),  # DATA_VALID is ignored here
         (0, header(flags=4), (0, (0,) * 6)),
         (CSUM, header(1, start=34, offset=16), (1, (1, 0, 0, 0, 34, 16))),
         (0, header(1, start=34, offset=16), "bad_csum"),
@@ -400,7 +434,7 @@ def header(flags: int = 0, gso_type: int = 0, hdr_len: int = 0, gso_size: int = 
         (CSUM | HOST_TSO4, header(1, 0x81, 54, 1000, 34, 16), "bad_gso"),
         (CSUM | HOST_TSO4, header(1, 77, 54, 1000, 34, 16), "bad_gso"),
     ],
-)  # fmt: skip
+)
 def test_what_a_header_may_ask(harness: ModuleType, features: int, asked: bytes, result: Any, split: bool) -> None:
     guest, target = Guest(features | VERSION_1), harness.Collect(accepts=127)
     packet = TCP4 + pattern(1000, 1)
@@ -429,7 +463,9 @@ def test_a_header_arrives_as_it_was_sent(harness: ModuleType, features: int, siz
     for stale in (b"\xff" * 12, expected, expected[:8] + b"\0\0\1\0", expected[:10] + b"\7\0", bytes(12)):
         block = guest.memory.alloc(size + 2000)
         memoryview(block)[:size] = stale[:size]
-        parts = [(block.guest_addr, 5), (block.guest_addr + 5, size + 1995)] if split else [(block.guest_addr, size + 2000)]
+        parts = (
+            [(block.guest_addr, 5), (block.guest_addr + 5, size + 1995)] if split else [(block.guest_addr, size + 2000)]
+        )
         guest.receiveq.add(writable=parts)
         guest.receiveq.publish()
         source.add(packet, header=want)
@@ -438,7 +474,7 @@ def test_a_header_arrives_as_it_was_sent(harness: ModuleType, features: int, siz
         assert [length for _, length in guest.receiveq.poll()] == [size + 1054]
 
 
-# ---- disabled and stopped ---------------------------------------------------------------------------------------------------
+# ---- disabled and stopped ----
 
 
 def test_a_disabled_transmitq_is_emptied_without_effect(harness: ModuleType) -> None:
@@ -448,7 +484,7 @@ def test_a_disabled_transmitq_is_emptied_without_effect(harness: ModuleType) -> 
     for _ in range(50):
         guest.send(b"never seen")
     guest.transmitq.publish()
-    assert harness.arm(guest.port, 0)                  # there is something to do, although nothing will come of it
+    assert harness.arm(guest.port, 0)  # there is something to do, although nothing will come of it
     while harness.arm(guest.port, 0):
         assert harness.move(guest.port, 0, target, 0) == (0, 0)
     assert [length for _, length in guest.transmitq.poll()] == [0] * 50
@@ -490,7 +526,7 @@ def test_sub_bursts_are_published_one_by_one(harness: ModuleType) -> None:
     seen: list[int] = []
     target.on_push = lambda: seen.append(int(guest.transmitq.used_head[1]))
     assert harness.move(guest.port, 0, target, 0, 32, 8) == (32, 32)
-    assert seen == [0, 8, 16, 24]                      # a buffer is given back after its packet was pushed, not before
+    assert seen == [0, 8, 16, 24]  # a buffer is given back after its packet was pushed, not before
     assert int(guest.transmitq.used_head[1]) == 32
 
 

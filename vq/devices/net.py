@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from vq_core.ports.vhost import VhostPort
-
 from vq import virtio as v
 from vq.device import Device
 from vq.offer import Offer
+from vq_core.ports.vhost import VhostPort
 
 __all__ = ["NetDevice"]
 

@@ -1,0 +1,1 @@
+"""The ports of a pump: a file a port, none imports another."""

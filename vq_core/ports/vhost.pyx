@@ -5,14 +5,13 @@ from libc.string cimport memcpy, memset
 from vq_core.arch cimport (vq_copy, vq_prefetch, vq_prefetch_write, vq_put_u16, vq_put_u32, vq_put_u64, vq_snapshot_u16,
                            vq_snapshot_u32, vq_snapshot_u64)
 from vq_core.chain cimport chain_begin, chain_next, chain_t
-from vq_core.counters cimport (DROP_DISABLED, DROP_MTU, DROP_NOT_CONNECTED, DROP_SEGMENTS, DROP_TOO_LONG, DROP_TOO_SHORT,
-                               counters_t)
+from vq_core.counters cimport (DROP_DISABLED, DROP_MTU, DROP_NOT_CONNECTED, DROP_SEGMENTS, DROP_TOO_LONG,
+                               DROP_TOO_SHORT)
 from vq_core.dirty cimport dirty_mark
 from vq_core.handover cimport Mailbox, handover_run
-from vq_core.memory cimport memory_lost, memory_translate, memory_translate_part, region_t
+from vq_core.memory cimport memory_lost, memory_translate, memory_translate_part
 from vq_core.net cimport net_accepts, net_header_bytes, net_header_check, net_offers
-from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, PACKET_MAX, SEGMENTS_MAX, Port, burst_t, endpoint_t, packet_t,
-                           segment_t)
+from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, PACKET_MAX, SEGMENTS_MAX, Port, burst_t, endpoint_t, packet_t)
 from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_LOOP,
                             BROKEN_MEMORY_LOST, BROKEN_NOT, CHANGE_EPOLL, Queue, queue_apply, queue_break,
                             queue_change_t, queue_flush, queue_publish, queue_request_kick, queue_t)
@@ -113,7 +112,8 @@ cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, uint16_t 
         queue_break(queue, chain.broken, head)
         return BROKE
     if length == 0 or length > PACKET_MAX or segments > SEGMENTS_MAX:
-        queue.counters.dropped[DROP_TOO_SHORT if length == 0 else DROP_TOO_LONG if length > PACKET_MAX else DROP_SEGMENTS] += 1
+        queue.counters.dropped[DROP_TOO_SHORT if length == 0 else
+                               DROP_TOO_LONG if length > PACKET_MAX else DROP_SEGMENTS] += 1
         return DROPPED
     packet.length = <uint32_t>length
     packet.more_count = segments
@@ -679,14 +679,14 @@ cdef class VhostPort(Port):
             raise ValueError(f"MAC address of {len(mac)} bytes; it has 6")
         if mac[0] & 1 or mac == bytes(6):
             return
-        frame = (b"\xff" * 6 + mac + b"\x80\x35" + b"\x00\x01\x08\x00\x06\x04\x00\x03" + mac + bytes(4) + mac + bytes(4))
+        frame = b"\xff" * 6 + mac + b"\x80\x35\x00\x01\x08\x00\x06\x04\x00\x03" + mac + bytes(4) + mac + bytes(4)
         frame = frame.ljust(RARP_BYTES, b"\0")
         change.rarp = <uint8_t*><char*>frame
         handover_run(self.mailboxes[0], _change_pair, &self.pairs[0], &change)
 
     @property
     def sources(self):
-        """list of int: pairs whose transmitq is started (a disabled one is emptied without effect), and pair 0 for RARP."""
+        """list of int: pairs whose transmitq is started (a disabled one is emptied), and pair 0 for RARP."""
         return [i for i in range(self.endpoint_count) if i == 0 or self.pairs[i].transmitq.started]
 
     @property
