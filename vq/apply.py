@@ -52,6 +52,11 @@ class Applier:
             # What vq_core refuses is what the front-end sent; the session adds which message it was.
             raise FrontendError(type(effect).__name__, "value", error, "see the message") from error
 
+    @property
+    def lost(self) -> bool:
+        """Whether the front-end has truncated a file that is in use: memory or dirty log."""
+        return any(shared is not None and shared.lost for shared in (self.memory, self.log))
+
     # -- memory --
 
     def _set_memory(self, effect: e.SetMemory) -> None:
@@ -154,8 +159,8 @@ class Applier:
         ring = self.rings.get(effect.index)
         if ring is not None:
             ring = replace(ring, flags=effect.flags, log_guest_addr=effect.log_guest_addr)
-            self.rings[effect.index] = ring
             self.device.queues[effect.index].set_log(self._active_log(), self._log_guest_addr(ring))
+            self.rings[effect.index] = ring
 
     def _set_log(self, effect: e.SetLog) -> None:
         self.log = DirtyLog(effect.fd, effect.size, effect.offset)
@@ -174,7 +179,13 @@ class Applier:
 
     @staticmethod
     def _log_guest_addr(ring: e.RingConfig) -> int | None:
-        return ring.log_guest_addr if ring.flags & v.VHOST_VRING_F_LOG else None
+        """Where the used ring is logged, None if it is not; beyond the log nothing is marked, but it must not wrap."""
+        if not ring.flags & v.VHOST_VRING_F_LOG:
+            return None
+        size = 6 + 8 * ring.num
+        if ring.log_guest_addr + size > 1 << 64:
+            raise ValueError(f"ring {ring.index}: log_guest_addr {ring.log_guest_addr:#x} + {size} bytes of used ring passes 2^64")
+        return ring.log_guest_addr
 
     # -- the device's own --
 

@@ -137,9 +137,11 @@ class Backend:
                 self._serve(self._connection, events)
 
     def check_memory(self) -> None:
-        """End the connection if its owner truncated the memory under us."""
-        if self._applier is not None and self._applier.memory is not None and self._applier.memory.lost:
-            self._end("the front-end truncated the memory that it shares; keep memory files at their size")
+        """End the connection if its owner truncated the memory or the dirty log under us."""
+        if self._applier is not None and self._applier.lost:
+            reason = "the front-end truncated the memory that it shares; keep memory files at their size"
+            logger.warning("device=%s error=%r", self.device.name, reason)
+            self._end(reason)
 
     def disconnect(self) -> None:
         """End the present connection; the back-end goes on waiting for the next."""
@@ -241,6 +243,7 @@ class Backend:
                     if reply is not None:
                         connection.send(reply)
             self._epoll.modify(connection.fileno(), select.EPOLLIN | (select.EPOLLOUT if connection.wants_write else 0))
+            self.check_memory()
         except ConnectionClosed as end:
             self._end(str(end))
         except PeerError as error:

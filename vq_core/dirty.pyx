@@ -42,12 +42,16 @@ cdef class DirtyLog:
         if size <= 0 or offset < 0 or size + offset > 1 << 62:
             raise ValueError(f"dirty log of {size} bytes at offset {offset}: size must be positive and the sum "
                              "below 2^62")
-        file_size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        file_size = status.st_size
+        # Huge pages are mapped, guarded and unmapped whole or not at all; on other files a larger unit does no harm.
+        if status.st_blksize % page == 0:
+            page = max(page, <uint64_t>status.st_blksize)
         if size + offset > file_size:
             raise ValueError(f"dirty log needs {size + offset} bytes of its file, which has {file_size}")
         skip = offset % page
         start = offset - skip
-        self._length = size + offset - start
+        self._length = (size + offset - start + page - 1) // page * page
         cdef void* got = c_mmap(NULL, self._length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, <long>start)
         if got == MAP_FAILED:
             PyErr_SetFromErrno(OSError)
@@ -61,6 +65,11 @@ cdef class DirtyLog:
             memory_unguard(self._guard)
         if self._start != NULL:
             c_munmap(self._start, self._length)
+
+    @property
+    def lost(self):
+        """bool: the owner truncated the file (SIGBUS was caught); what was marked is gone."""
+        return self.log.lost != 0
 
     @property
     def outside(self):

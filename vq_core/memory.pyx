@@ -25,9 +25,6 @@ cdef extern from "<sys/vfs.h>" nogil:
         long f_bsize
     int c_fstatfs "fstatfs"(int fd, c_statfs* buf) noexcept
 
-cdef enum:
-    HUGETLBFS_MAGIC = 0x958458f6
-
 cdef uint64_t END = 0xffffffffffffffff
 
 
@@ -93,7 +90,8 @@ cdef class _Mapping:
 cdef uint64_t _page_size(int fd):
     """The page size of the file behind `fd`: the huge page size on hugetlbfs."""
     cdef c_statfs info
-    if c_fstatfs(fd, &info) == 0 and (info.f_type & 0xffffffff) == HUGETLBFS_MAGIC:
+    # As numbers of C: among Python's, an enumerator above 2^31 would be negative and equal to no type at all.
+    if c_fstatfs(fd, &info) == 0 and <uint32_t>info.f_type == <uint32_t>0x958458f6:      # HUGETLBFS_MAGIC
         return <uint64_t>info.f_bsize
     return <uint64_t>os.sysconf("SC_PAGESIZE")
 

@@ -6,7 +6,8 @@
     release(endpoint, burst, n)      the first n packets of the burst are done with: the source may reuse their
                                      buffers; n == burst.count releases everything that pull took
     flush(endpoint)                  end of a worker's round: notify, write out
-    room(endpoint)                -> how many packets a push could take now, as far as is known
+    room(endpoint)                -> how many packets of one buffer each a push could take now, as far as is known;
+                                     -1: nobody is there to take any
     arm(endpoint, what)           -> ask for a wake-up through the worker's epoll; 1 if there is work already
     attach(endpoint, epoll_fd)       the worker takes over (-1: lets go): watch descriptors, edge-triggered
 

@@ -31,7 +31,7 @@ BROKEN_CAUSES = (
     ("device-readable descriptor after a device-writable one", "VIRTIO 1.3, 2.7.4.2"),
     ("descriptor chain of 2^32 bytes or more", "VIRTIO 1.3, 2.7.5"),
     ("address outside the guest's memory", "VIRTIO 1.3, 2.7.5"),
-    ("guest memory was truncated by its owner", "vhost-user, SET_MEM_TABLE"),
+    ("guest memory or dirty log was truncated by its owner", "vhost-user, SET_MEM_TABLE and SET_LOG_BASE"),
     ("descriptor chain without a buffer in the direction of the queue", "VIRTIO 1.3, 5.1.6"),
 )
 

@@ -11,7 +11,9 @@ Sleeping (`adaptive`): after IDLE_CYCLES without a packet the worker asks every 
 
 A source that holds packets itself (TAP, file, generator) is only pulled from when the target has room,
 and what a target could not take then waits in the flow's own burst: nothing is dropped for want of
-buffers. A guest's transmitq is never held up: what the target cannot take is dropped and counted.
+buffers. Packets of a guest stay in its transmitq for a moment (PATIENCE_CYCLES) when the target is a ring
+without room, since dropping costs TCP far more than waiting; a target that does not make room by then is not
+waited for again before it has some, and what it cannot take is dropped and counted.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from vq_core.handover cimport Mailbox
@@ -20,6 +22,8 @@ from vq_core.port cimport Port, burst_t, endpoint_t
 from vq_core.switch cimport switch_lane_t, switch_t
 
 cdef enum:
+    NEED_MAX = 44                # buffers of 1.5 KiB for a packet of 64 KiB
+    PATIENCE_CYCLES = 10000000   # about 4 ms: a guest that is busy elsewhere comes back by then
     SUB_BURST = 8                # packets published at once while both ends are rings of guests
 
 cdef struct flow_t:
@@ -32,6 +36,10 @@ cdef struct flow_t:
     burst_t* held                # own burst of a source that holds; else NULL
     int held_at                  # first packet of `held` that is not pushed; -1: none waits
     bint waiting                 # for room in the target
+    bint patient                 # a ring towards a ring: packets stay in the source for a moment
+    bint tired                   # waiting was in vain; not again before there is room
+    int need                     # buffers that a packet may take: 1, or many after one that was to be segmented
+    uint64_t waiting_since       # cycles
 
 cdef struct plan_t:
     flow_t* flows

@@ -7,7 +7,7 @@ from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_r
 from vq_core.counters cimport DROP_NO_DESCRIPTORS
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
 from vq_core.offload cimport Offload, offload_push
-from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, Port, burst_t, endpoint_t, packet_t
+from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_CSUM, Port, burst_t, endpoint_t, packet_t
 from vq_core.switch cimport SwitchLane, switch_forward, switch_now_s
 
 import os
@@ -54,7 +54,28 @@ cdef inline int _deliver(worker_t* worker, flow_t* flow, burst_t* burst, int fir
     return first
 
 
-cdef int _run_flow(worker_t* worker, flow_t* flow) noexcept nogil:
+cdef inline int _patience(flow_t* flow, uint64_t now) noexcept nogil:
+    """How many packets to pull from a ring towards a ring; 0: wait a moment, the target has no room."""
+    cdef int room = flow.target.room(flow.target)
+    if room < flow.need:
+        if room < 0 or flow.tired:
+            return BURST_MAX
+        if not flow.waiting:
+            flow.waiting = True
+            flow.waiting_since = now
+        if now - flow.waiting_since < PATIENCE_CYCLES:
+            return 0
+        flow.tired = True
+        flow.waiting = False
+        return BURST_MAX
+    flow.tired = False
+    flow.waiting = False
+    if flow.need == 1:
+        return min(room, BURST_MAX)
+    return max(1, min(room // flow.need, BURST_MAX))
+
+
+cdef int _run_flow(worker_t* worker, flow_t* flow, uint64_t now) noexcept nogil:
     """One round of a flow; number of packets that moved."""
     cdef endpoint_t* source = flow.source
     cdef endpoint_t* target = flow.target
@@ -67,10 +88,16 @@ cdef int _run_flow(worker_t* worker, flow_t* flow) noexcept nogil:
             flow.waiting = limit <= 0
             if flow.waiting:
                 return 0
+    elif flow.patient:
+        limit = _patience(flow, now)
+        if limit == 0:
+            return 0
     if flow.held_at >= 0:
         first = flow.held_at
     elif source.pull(source, burst, limit) == 0:
         return 0
+    if flow.patient:
+        flow.need = NEED_MAX if burst.wants & ~<uint32_t>OFFLOAD_CSUM else 1
     count = burst.count - first
     if target == NULL:
         switch_forward(flow.via, flow.lane, burst, flow.source_port, worker.offload, switch_now_s())
@@ -98,10 +125,14 @@ cdef int _arm_all(plan_t* plan) noexcept nogil:
     cdef flow_t* flow
     for i in range(plan.flow_count):
         flow = &plan.flows[i]
-        if flow.waiting:
+        if flow.waiting and flow.held != NULL:
             work |= flow.target.arm(flow.target, ARM_PUSH)
         elif flow.held_at < 0:
+            # While packets of a patient flow wait this says that there is work: its patience ends by the clock.
             work |= flow.source.arm(flow.source, ARM_PULL)
+    if not work:
+        for i in range(plan.flow_count):
+            plan.flows[i].waiting &= plan.flows[i].held != NULL
     return work
 
 
@@ -130,7 +161,7 @@ cdef void _loop(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
         plan = worker.plan
         work = 0
         for i in range(plan.flow_count):
-            work += _run_flow(worker, &plan.flows[i])
+            work += _run_flow(worker, &plan.flows[i], last)
         now = vq_cycles()
         worker.rounds += 1
         if work:
@@ -243,6 +274,8 @@ cdef class Plan:
                 self._own(target, target_index)
                 if not flow.source.holds and not flow.target.holds:
                     flow.step = SUB_BURST
+                    flow.patient = True
+                    flow.need = 1
                 if flow.source.holds:
                     flow.held = <burst_t*>calloc(1, sizeof(burst_t))
                     if flow.held == NULL:

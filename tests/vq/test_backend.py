@@ -178,6 +178,7 @@ def test_disconnect_and_close(path: str) -> None:
 
 
 def test_memory_features_and_rings_end_with_the_connection(path: str) -> None:
+    gc.collect()
     with serving(path=path) as backend:
         before = mapped()
         with Guest(path) as guest:

@@ -18,6 +18,7 @@ from pump_rig import (
     CLEAN,
     PLAIN,
     USUAL,
+    Background,
     Guest,
     faults,
     mapped,

@@ -148,9 +148,10 @@ def network(draw: Any, version: int) -> Packet:
 
 
 def payloads(limit: int = 6000) -> st.SearchStrategy[bytes]:
-    return st.builds(
-        lambda size, seed: random.Random(seed).randbytes(size), st.integers(1, limit), st.integers(0, 1 << 32)
-    )
+    """Random bytes; of sizes around those of pieces as often as of any size."""
+    edges = [1, 2, 47, 48, 49, 96, 97, 1000, 1448, 1449, 1460, 2896, 4380, limit - 1, limit]
+    sizes = st.one_of(st.sampled_from([size for size in edges if size <= limit]), st.integers(1, limit))
+    return st.builds(lambda size, seed: random.Random(seed).randbytes(size), sizes, st.integers(0, 1 << 32))
 
 
 @st.composite
@@ -177,10 +178,10 @@ def test_checksum_add(harness: ModuleType, data: bytes) -> None:
 # ---- checksum only ----
 
 
+@pytest.mark.parametrize("version", [4, 6])
 @PROPERTY
 @given(data=st.data())
-def test_completes_checksum(harness: ModuleType, data: Any) -> None:
-    version = data.draw(st.sampled_from([4, 6]))
+def test_completes_checksum(harness: ModuleType, version: int, data: Any) -> None:
     transport = data.draw(st.one_of(tcp(), st.just(UDP(sport=9, dport=10))))
     packet = data.draw(ethernet()) / data.draw(network(version)) / transport / Raw(data.draw(payloads(3000)))
     item = big(harness, packet)
@@ -207,11 +208,11 @@ def test_udp_zero_becomes_all_ones(harness: ModuleType, gso_type: int) -> None:
 # ---- TSO and USO ----
 
 
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("ecn", [False, True])
 @PROPERTY
 @given(data=st.data())
-def test_tso(harness: ModuleType, data: Any) -> None:
-    version = data.draw(st.sampled_from([4, 6]))
-    ecn = data.draw(st.booleans())
+def test_tso(harness: ModuleType, version: int, ecn: bool, data: Any) -> None:
     size = data.draw(st.sampled_from([48, 49, 536, 1000, 1448, 1460, 8960]))
     packet = data.draw(ethernet()) / data.draw(network(version)) / data.draw(tcp()) / Raw(data.draw(payloads()))
     item = big(harness, packet, (TCPV4 if version == 4 else TCPV6) | (ECN if ecn else 0), size)
@@ -222,10 +223,10 @@ def test_tso(harness: ModuleType, data: Any) -> None:
     assert b"".join(piece.data[-piece.segments[1] :] for piece in got) == bytes(item.packet[TCP].payload)
 
 
+@pytest.mark.parametrize("version", [4, 6])
 @PROPERTY
 @given(data=st.data())
-def test_uso(harness: ModuleType, data: Any) -> None:
-    version = data.draw(st.sampled_from([4, 6]))
+def test_uso(harness: ModuleType, version: int, data: Any) -> None:
     size = data.draw(st.sampled_from([48, 333, 1200, 1472, 9000]))
     packet = data.draw(ethernet()) / data.draw(network(version)) / UDP(sport=5, dport=443) / Raw(data.draw(payloads()))
     item = big(harness, packet, USO, size)
@@ -260,6 +261,19 @@ def test_largest_packet(harness: ModuleType) -> None:
     assert len(item.data) == 65553
     got, dropped = run(harness, [item] * 3, segments=[4096] * 15)
     assert dropped == {} and [piece.data for piece in got] == pieces_expected(item.packet, 1448) * 3
+
+
+@pytest.mark.parametrize("flags", ["A", "PA", "FPA", "FPACE", "ACE", "FPUEA"])
+@pytest.mark.parametrize("ecn", [0, ECN])
+def test_flags_of_pieces(harness: ModuleType, flags: str, ecn: int) -> None:
+    """FIN and PSH on the last piece only; CWR on the first only, if the driver said so with GSO_ECN."""
+    item = big(harness, Ether() / IP() / TCP(flags=flags) / Raw(b"x" * 2500), TCPV4 | ecn, 1000)
+    got, _ = run(harness, [item])
+    first, middle, last = (str(Ether(piece.data)[TCP].flags) for piece in got)
+    plain = "".join(flag for flag in "FSRPAUEC" if flag in flags)
+    assert last == (plain.replace("C", "") if ecn else plain)
+    assert first == plain.replace("F", "").replace("P", "")
+    assert middle == (first.replace("C", "") if ecn else first)
 
 
 def test_ecn_only_missing(harness: ModuleType) -> None:

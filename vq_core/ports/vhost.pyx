@@ -2,8 +2,8 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from vq_core.arch cimport (vq_copy, vq_prefetch, vq_prefetch_write, vq_put_u16, vq_put_u32, vq_put_u64, vq_snapshot_u16,
-                           vq_snapshot_u32, vq_snapshot_u64)
+from vq_core.arch cimport (vq_copy, vq_load_u32, vq_prefetch, vq_prefetch_write, vq_put_u16, vq_put_u32, vq_put_u64,
+                           vq_snapshot_u16, vq_snapshot_u32, vq_snapshot_u64)
 from vq_core.chain cimport chain_begin, chain_next, chain_t
 from vq_core.counters cimport (DROP_DISABLED, DROP_MTU, DROP_NOT_CONNECTED, DROP_SEGMENTS, DROP_TOO_LONG,
                                DROP_TOO_SHORT)
@@ -32,6 +32,19 @@ cdef enum:
     BROKE = -1
     BURST_FULL = -2
     DROPPED = -3                 # and counted
+
+
+cdef inline bint _lost(queue_t* queue) noexcept nogil:
+    """Whether the owner truncated guest memory or dirty log under us; looked at once a burst."""
+    return memory_lost(queue.memory) or (queue.log != NULL and vq_load_u32(&queue.log.lost) != 0)
+
+
+cdef void _no_entries(queue_t* queue, int available) noexcept nogil:
+    """There is nothing to take: break the queue if the index is impossible, or reads as zero since its memory is gone."""
+    if _lost(queue):
+        queue_break(queue, BROKEN_MEMORY_LOST, 0)
+    elif available < 0:
+        queue_break(queue, BROKEN_AVAIL_IDX, queue.ring.shadow_avail_idx)
 
 
 # ---- transmitq: pull ----
@@ -128,12 +141,10 @@ cdef int _discard(queue_t* queue) noexcept nogil:
     cdef split_t* ring = &queue.ring
     cdef int available = split_available(ring), i
     cdef uint16_t head
-    if available < 0:
-        queue_break(queue, BROKEN_AVAIL_IDX, ring.shadow_avail_idx)
+    if available <= 0:
+        _no_entries(queue, available)
         return 0
     available = min(available, BURST_MAX)
-    if available == 0:
-        return 0
     for i in range(available):
         head = split_head(ring, <uint16_t>i)
         if head >= ring.num:
@@ -183,12 +194,11 @@ cdef int _pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept nogil:
     if available < limit:
         available = split_available(ring)
         if available <= 0:
-            if available < 0:
-                queue_break(queue, BROKEN_AVAIL_IDX, ring.shadow_avail_idx)
+            _no_entries(queue, available)
             return 0
     if available > limit:
         available = limit
-    if memory_lost(queue.memory):
+    if _lost(queue):
         queue_break(queue, BROKEN_MEMORY_LOST, 0)
         return 0
     split_suppress_kicks(ring)
@@ -298,6 +308,12 @@ cdef struct reader_t:
     bint in_header
 
 
+cdef struct count_t:
+    # Where the two bytes of num_buffers went.
+    uint8_t* host[2]
+    gpa_t addr[2]
+
+
 cdef inline bint _reader_step(reader_t* reader) noexcept nogil:
     """Make sure that there are bytes at reader.data; False at the end."""
     while reader.left == 0:
@@ -315,11 +331,11 @@ cdef inline bint _reader_step(reader_t* reader) noexcept nogil:
 
 
 cdef int _write_part(queue_t* queue, virtq_desc_t* descriptor, reader_t* reader, uint64_t offset,
-                     uint8_t** count_bytes) noexcept nogil:
+                     count_t* count) noexcept nogil:
     """Fill one descriptor as far as the packet goes: bytes written, or -1 for an address outside memory.
 
     `offset` counts the bytes of header and packet before it; where the two bytes of num_buffers (10 and 11) go is
-    noted in `count_bytes`, since their value is known only at the end.
+    noted in `count`, since their value is known only at the end.
     """
     cdef gpa_t addr = descriptor.addr
     cdef uint64_t left = descriptor.len, part, piece, done = 0
@@ -332,9 +348,11 @@ cdef int _write_part(queue_t* queue, virtq_desc_t* descriptor, reader_t* reader,
             return -1
         piece = part if part < reader.left else reader.left
         if offset + done <= 10 and offset + done + piece > 10:
-            count_bytes[0] = host + (10 - offset - done)
+            count.host[0] = host + (10 - offset - done)
+            count.addr[0] = addr + (10 - offset - done)
         if offset + done <= 11 and offset + done + piece > 11:
-            count_bytes[1] = host + (11 - offset - done)
+            count.host[1] = host + (11 - offset - done)
+            count.addr[1] = addr + (11 - offset - done)
         memcpy(host, reader.data, piece)
         if queue.log != NULL:
             dirty_mark(queue.log, addr, piece)
@@ -357,7 +375,7 @@ cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes) no
     cdef virtq_desc_t descriptor
     cdef reader_t reader
     cdef virtio_net_hdr_t header = packet.header
-    cdef uint8_t* count_bytes[2]
+    cdef count_t count
     cdef uint64_t need = header_bytes + <uint64_t>packet.length, written = 0
     cdef uint32_t in_chain, steps = 0
     cdef int ready = split_ready(ring), buffers = 0, part, step
@@ -365,7 +383,8 @@ cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes) no
     cdef bint room
     cdef uint16_t head
     header.num_buffers = 1
-    count_bytes[0] = count_bytes[1] = NULL
+    count.host[0] = count.host[1] = NULL
+    count.addr[0] = count.addr[1] = 0
     reader.data = <uint8_t*>&header
     reader.left = header_bytes
     reader.packet = packet
@@ -398,7 +417,7 @@ cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes) no
             if not descriptor.flags & VIRTQ_DESC_F_WRITE:
                 continue
             room = True
-            part = _write_part(queue, &descriptor, &reader, written, count_bytes)
+            part = _write_part(queue, &descriptor, &reader, written, &count)
             if part < 0:
                 queue_break(queue, BROKEN_ADDRESS, head)
                 return BROKE
@@ -411,8 +430,11 @@ cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes) no
         split_put_used(ring, <uint16_t>buffers, head, in_chain)
         buffers += 1
     if buffers > 1:              # num_buffers is 1 in what was written; both bytes were met, since need > 12
-        count_bytes[0][0] = <uint8_t>(buffers & 0xff)
-        count_bytes[1][0] = <uint8_t>(buffers >> 8)
+        count.host[0][0] = <uint8_t>(buffers & 0xff)
+        count.host[1][0] = <uint8_t>(buffers >> 8)
+        if queue.log != NULL:    # again: a migration may have copied the page after it was marked first
+            dirty_mark(queue.log, count.addr[0], 1)
+            dirty_mark(queue.log, count.addr[1], 1)
     split_take(ring, <uint16_t>buffers)
     split_advance_used(ring, <uint16_t>buffers)
     return DONE
@@ -441,12 +463,10 @@ cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogi
     ready = split_ready(ring)
     if ready < count:
         ready = split_available(ring)
-        if ready < 0:
-            queue_break(queue, BROKEN_AVAIL_IDX, ring.shadow_avail_idx)
-            return _push_refused(queue, packets, count)
-        if ready == 0:
-            return 0
-    if memory_lost(queue.memory):
+        if ready <= 0:
+            _no_entries(queue, ready)
+            return 0 if queue.live else _push_refused(queue, packets, count)
+    if _lost(queue):
         queue_break(queue, BROKEN_MEMORY_LOST, 0)
         return _push_refused(queue, packets, count)
     split_suppress_kicks(ring)
@@ -521,12 +541,12 @@ cdef int _room(endpoint_t* endpoint) noexcept nogil:
     cdef queue_t* queue = (<pair_t*>endpoint.port).receiveq
     cdef int ready
     if not queue.live:
-        return 0
+        return -1
     ready = split_ready(&queue.ring)
     if ready < BURST_MAX:
         ready = split_available(&queue.ring)
-        if ready < 0:
-            queue_break(queue, BROKEN_AVAIL_IDX, queue.ring.shadow_avail_idx)
+        if ready <= 0:
+            _no_entries(queue, ready)
             return 0
     return ready
 
@@ -542,7 +562,8 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
             if split_ready(&queue.ring) > 0:
                 return 1
             queue_request_kick(queue)
-            if split_available(&queue.ring) != 0:      # also an impossible index: the next pull breaks the ring
+            # Also for an impossible index, or when memory was lost: the next pull breaks the ring.
+            if split_available(&queue.ring) != 0 or _lost(queue):
                 return 1
     if what & ARM_PUSH:
         queue = pair.receiveq
