@@ -3,6 +3,7 @@
 # make build  virtual environment and compiled package only
 # make peers  the peers only
 # make lint   ruff, cython-lint, mypy
+# make bench  the benchmarks; keeps each result under .benchmarks/
 # make clean  removes everything that these made
 #
 # Arguments for the program and for pytest: make demo DEMO="--size 1518 --duration 3", make test TESTS="tests/vq -k ring"
@@ -15,7 +16,7 @@ TESTS ?=
 # Compiling starts anew when one of these changes; nothing happens when none did.
 SOURCES := $(shell find vq_core -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 
-.PHONY: demo test build peers lint clean
+.PHONY: demo test build peers lint bench clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/built
@@ -36,6 +37,10 @@ lint: build
 	$(BIN)/ruff check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint vq_core
 	$(BIN)/mypy
+
+bench: build
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]'
+	$(BIN)/python -m pytest benchmarks/bench_way.py --benchmark-autosave $(TESTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ from vq.pump import Pump
 from vq_core.driver import BrokenRingError, DriverQueue, GuestMemory
 from vq_core.traffic import Exchange, traffic_memory_bytes
 
-__all__ = ["DemoResult", "run_demo"]
+__all__ = ["DemoResult", "echo_backend", "open_exchange", "run_demo"]
 
 SIZE_MIN: Final = 64  # bytes: room for number, length and checksum
 SIZE_MAX: Final = 65535
@@ -122,7 +122,7 @@ def run_demo(
     _check(size, duration, layout, queue_size, interval)
     places = _choose(cpus)
     problems: list[BaseException] = []
-    with _backend(places) as path, _exchange(path, size, queue_size, places) as exchange:
+    with echo_backend(places) as path, open_exchange(path, size, queue_size, places) as exchange:
 
         def drive() -> None:
             try:
@@ -183,7 +183,7 @@ def _choose(cpus: Sequence[int] | None) -> tuple[int, ...]:
 
 
 @contextmanager
-def _backend(places: tuple[int, ...]) -> Iterator[str]:
+def echo_backend(places: tuple[int, ...]) -> Iterator[str]:
     """Run a pump that echoes; yields the path of its socket."""
     with tempfile.TemporaryDirectory(prefix="vq-demo-") as folder:
         path = str(Path(folder) / "echo.sock")
@@ -198,7 +198,7 @@ def _backend(places: tuple[int, ...]) -> Iterator[str]:
 
 
 @contextmanager
-def _exchange(path: str, size: int, queue_size: int, places: tuple[int, ...]) -> Iterator[Exchange]:
+def open_exchange(path: str, size: int, queue_size: int, places: tuple[int, ...]) -> Iterator[Exchange]:
     """Connect as a front-end, share memory, start one queue pair; yields what drives it."""
     receive_bytes = min(size, RECEIVE_BYTES)
     with (
