@@ -30,6 +30,8 @@ class Applier:
         Whose queues are changed, and whose hooks are called.
     changed
         Called after a ring was started, stopped, enabled or disabled.
+    warn
+        Called with a text for people when the front-end took the memory of a running ring away.
 
     Notes
     -----
@@ -37,9 +39,12 @@ class Applier:
     boundary, so that what it replaced is not used any more and is unmapped here.
     """
 
-    def __init__(self, device: Device, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, device: Device, changed: Callable[[], None] = lambda: None, warn: Callable[[str], None] = logger.warning
+    ) -> None:
         self.device = device
         self.changed = changed
+        self.warn = warn
         self.features = 0
         self.memory: MemoryMap | None = None
         self.log: DirtyLog | None = None
@@ -88,7 +93,7 @@ class Applier:
                     raise ValueError("no memory is left")
                 queue.set_memory(memory)
             except ValueError as error:
-                logger.warning("device=%s queue=%d stopped=%r", self.device.name, index, str(error))
+                self.warn(f"{error}; ring {index} stopped")
                 queue.stop()
                 self._signal(self.rings[index].err_fd)
                 self.changed()
@@ -184,7 +189,8 @@ class Applier:
             return None
         size = 6 + 8 * ring.num
         if ring.log_guest_addr + size > 1 << 64:
-            raise ValueError(f"ring {ring.index}: log_guest_addr {ring.log_guest_addr:#x} + {size} bytes of used ring passes 2^64")
+            where = f"ring {ring.index}: log_guest_addr {ring.log_guest_addr:#x}"
+            raise ValueError(f"{where} + {size} bytes of used ring passes 2^64")
         return ring.log_guest_addr
 
     # -- the device's own --

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import select
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MESSAGES_MAX: Final = 64  # served in one go, so that one front-end's flood does not delay the others
 PAUSE_S: Final = 0.1  # until the next accept after one that failed for want of descriptors
+WARNINGS_MAX: Final = 10  # of one device at once; one more each second
 
 
 class Backend:
@@ -82,6 +84,9 @@ class Backend:
         self._session: Session | None = None
         self._applier: Applier | None = None
         self._one_connection = False
+        self._warnings = float(WARNINGS_MAX)  # that may be logged now
+        self._warned_at = time.monotonic()
+        self._unsaid = 0
         self.closed = False
         self._epoll = select.epoll()
         self._timer = Timer()
@@ -127,12 +132,16 @@ class Backend:
 
     def dispatch(self) -> None:
         """Serve what is there, without waiting; never raises for what a peer did."""
-        for fd, events in self._epoll.poll(0):
+        found = dict(self._epoll.poll(0))
+        # The front-end of before may be coming again: its old connection is read to its end first.
+        leaving = self._connection is not None and found.get(self._connection.fileno(), 0) & select.EPOLLHUP
+        for fd, events in found.items():
             if fd == self._timer.fileno():
                 self._timer.clear()
                 self._on_timer()
             elif self._listener is not None and fd == self._listener.fileno():
-                self._accept()
+                if not leaving:
+                    self._accept()
             elif self._connection is not None and fd == self._connection.fileno():
                 self._serve(self._connection, events)
 
@@ -140,8 +149,27 @@ class Backend:
         """End the connection if its owner truncated the memory or the dirty log under us."""
         if self._applier is not None and self._applier.lost:
             reason = "the front-end truncated the memory that it shares; keep memory files at their size"
-            logger.warning("device=%s error=%r", self.device.name, reason)
+            self.warn(reason)
             self._end(reason)
+
+    def warn(self, text: str) -> None:
+        """Log what a peer or guest did wrong; one that does it again and again does not fill the log.
+
+        Parameters
+        ----------
+        text
+            What happened. Beyond `WARNINGS_MAX` at once, one a second is logged, and it tells how many were not.
+        """
+        now = time.monotonic()
+        self._warnings = min(WARNINGS_MAX, self._warnings + now - self._warned_at)
+        self._warned_at = now
+        if self._warnings < 1:
+            self._unsaid += 1
+            return
+        self._warnings -= 1
+        more = f" unsaid={self._unsaid}" if self._unsaid else ""
+        self._unsaid = 0
+        logger.warning("device=%s error=%r%s", self.device.name, text, more)
 
     def disconnect(self) -> None:
         """End the present connection; the back-end goes on waiting for the next."""
@@ -174,14 +202,14 @@ class Backend:
             connection = self._listener.accept()
         except ResourceError as error:
             # The waiting connection would wake us again at once: look away for a moment.
-            logger.warning("device=%s error=%r", self.device.name, str(error))
+            self.warn(str(error))
             self._epoll.unregister(self._listener.fileno())
             self._timer.set(PAUSE_S)
             return
         if connection is None:
             return
         if self._connection is not None:
-            logger.warning("device=%s refused=%r", self.device.name, "a second front-end; one is connected already")
+            self.warn("a second front-end was refused; one is connected already")
             connection.close()
             return
         self._begin(connection)
@@ -204,7 +232,7 @@ class Backend:
 
     def _begin(self, connection: Connection) -> None:
         self._connection = connection
-        self._applier = Applier(self.device, self._changed)
+        self._applier = Applier(self.device, self._changed, self.warn)
         self._session = Session(self.device.offer, self._applier)
         self.connections += 1
         self._epoll.register(connection.fileno(), select.EPOLLIN)
@@ -247,10 +275,10 @@ class Backend:
         except ConnectionClosed as end:
             self._end(str(end))
         except PeerError as error:
-            logger.warning("device=%s error=%r", self.device.name, str(error))
+            self.warn(str(error))
             self._end("protocol error")
         except (VqError, OSError) as error:
-            logger.warning("device=%s error=%r", self.device.name, str(error))
+            self.warn(str(error))
             self._end("could not go on")
         except Exception:
             # A defect of ours or of a device's hook ends this connection, not the process.

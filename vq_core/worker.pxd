@@ -39,6 +39,7 @@ cdef struct flow_t:
     bint patient                 # a ring towards a ring: packets stay in the source for a moment
     bint tired                   # waiting was in vain; not again before there is room
     int need                     # buffers that a packet may take: 1, or many after one that was to be segmented
+    int most                     # the most room that the target has shown: a small ring never has more
     uint64_t waiting_since       # cycles
 
 cdef struct plan_t:

@@ -57,7 +57,11 @@ cdef inline int _deliver(worker_t* worker, flow_t* flow, burst_t* burst, int fir
 cdef inline int _patience(flow_t* flow, uint64_t now) noexcept nogil:
     """How many packets to pull from a ring towards a ring; 0: wait a moment, the target has no room."""
     cdef int room = flow.target.room(flow.target)
-    if room < flow.need:
+    cdef int need = flow.need
+    if need > 1:
+        flow.most = max(flow.most, room)
+        need = max(1, min(need, flow.most // 2))
+    if room < need:
         if room < 0 or flow.tired:
             return BURST_MAX
         if not flow.waiting:
@@ -70,9 +74,9 @@ cdef inline int _patience(flow_t* flow, uint64_t now) noexcept nogil:
         return BURST_MAX
     flow.tired = False
     flow.waiting = False
-    if flow.need == 1:
+    if need == 1:
         return min(room, BURST_MAX)
-    return max(1, min(room // flow.need, BURST_MAX))
+    return max(1, min(room // need, BURST_MAX))
 
 
 cdef int _run_flow(worker_t* worker, flow_t* flow, uint64_t now) noexcept nogil:

@@ -476,7 +476,7 @@ def arm(Port port, int index, bint pull=True, bint push=False):
 
 
 def room(Port port, int index):
-    """How many packets the endpoint says a push could take."""
+    """How many packets the endpoint says a push could take; -1: nobody is there."""
     return port.endpoints[index].room(port.endpoints[index])
 
 

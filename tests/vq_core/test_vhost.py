@@ -231,6 +231,18 @@ def test_a_packet_without_enough_buffers_leaves_them_available(harness: ModuleTy
     assert guest.to_guest == {"packets": 1, "bytes": 1000, "dropped": {}}
 
 
+def test_what_a_full_ring_cannot_take_is_dropped(harness: ModuleType) -> None:
+    """More buffers will never come: to wait for them would be to wait forever."""
+    guest, source = Guest(VERSION_1 | MRG_RXBUF, size=4), harness.Feed()
+    guest.post(100, 4)
+    guest.receiveq.publish()
+    source.add(pattern(4 * 112 - 12 + 1, 1))
+    source.add(pattern(4 * 112 - 12, 2))
+    assert harness.move(source, 0, guest.port, 0) == (2, 2)
+    assert guest.to_guest == {"packets": 1, "bytes": 436, "dropped": {"too_long": 1}}
+    assert [length for _, length in guest.receiveq.poll()] == [112] * 4
+
+
 def test_mergeable_buffers_become_visible_together(harness: ModuleType) -> None:
     """One index store a push: the driver never sees a part of a packet."""
     guest, source = Guest(VERSION_1 | MRG_RXBUF), harness.Feed()
@@ -501,7 +513,7 @@ def test_a_disabled_receiveq_gets_nothing(harness: ModuleType) -> None:
     guest.post(100, 10)
     guest.receiveq.publish()
     guest.port.queues[0].set_enabled(False)
-    assert (guest.port.targets, harness.room(guest.port, 0)) == ([], 0)
+    assert (guest.port.targets, harness.room(guest.port, 0)) == ([], -1)
     for _ in range(3):
         source.add(b"never seen")
     assert harness.move(source, 0, guest.port, 0) == (3, 3)
@@ -516,6 +528,21 @@ def test_a_disabled_receiveq_gets_nothing(harness: ModuleType) -> None:
     source.add(b"too late")
     assert harness.move(source, 0, guest.port, 0) == (1, 1)
     assert guest.to_guest["dropped"] == {"disabled": 3, "not_connected": 1}
+
+
+def test_room_is_looked_at_again_before_it_seems_to_run_out(harness: ModuleType) -> None:
+    """A worker asks for up to 44 buffers at once: it must not wait for what is there already."""
+    guest, source = Guest(VERSION_1, size=128), harness.Feed()
+    guest.post(10, 128)
+    guest.receiveq.publish()
+    assert harness.room(guest.port, 0) == 128
+    for left in range(127, 30, -1):
+        source.add(b"packet")
+        harness.move(source, 0, guest.port, 0)
+        guest.receiveq.poll()
+        guest.post(10)
+        guest.receiveq.publish()
+        assert harness.room(guest.port, 0) >= 64, f"{left} known"
 
 
 def test_sub_bursts_are_published_one_by_one(harness: ModuleType) -> None:

@@ -24,6 +24,7 @@ cdef enum:
     HEADER_MAX = 12
     STEPS_BURST = 4096           # descriptors walked before a pull ends its burst (fairness)
     STEPS_PACKET = 65536         # descriptors walked for one push before the ring is broken
+    ROOM_ENOUGH = 64             # buffers: more than anybody asks for at once (a burst, a worker's NEED_MAX)
 
 # Outcomes of the slow paths for one packet.
 cdef enum:
@@ -40,7 +41,7 @@ cdef inline bint _lost(queue_t* queue) noexcept nogil:
 
 
 cdef void _no_entries(queue_t* queue, int available) noexcept nogil:
-    """There is nothing to take: break the queue if the index is impossible, or reads as zero since its memory is gone."""
+    """Nothing to take: break the queue if the index is impossible, or reads as zero since its memory is gone."""
     if _lost(queue):
         queue_break(queue, BROKEN_MEMORY_LOST, 0)
     elif available < 0:
@@ -543,7 +544,7 @@ cdef int _room(endpoint_t* endpoint) noexcept nogil:
     if not queue.live:
         return -1
     ready = split_ready(&queue.ring)
-    if ready < BURST_MAX:
+    if ready < ROOM_ENOUGH:
         ready = split_available(&queue.ring)
         if ready <= 0:
             _no_entries(queue, ready)
