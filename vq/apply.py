@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,6 +13,7 @@ from vq.device import Device
 from vq.errors import FrontendError
 from vq_core.dirty import DirtyLog
 from vq_core.memory import MemoryMap
+from vq_core.notify import signal
 
 __all__ = ["Applier"]
 
@@ -31,7 +30,7 @@ class Applier:
     changed
         Called after a ring was started, stopped, enabled or disabled.
     warn
-        Called with a text for people when the front-end took the memory of a running ring away.
+        Called with a text for people: memory of a running ring was taken away, a dirty log was too small.
 
     Notes
     -----
@@ -142,8 +141,7 @@ class Applier:
     @staticmethod
     def _signal(fd: int | None) -> None:
         if fd is not None:
-            with suppress(OSError):  # a full counter or a closed pipe: nothing more can be told
-                os.write(fd, (1).to_bytes(8, "little"))
+            signal(fd)
 
     def _kick(self, effect: e.Kick) -> None:
         """A kick that came as a message: re-installing the kick descriptor makes the worker look again."""
@@ -168,12 +166,16 @@ class Applier:
             self.rings[effect.index] = ring
 
     def _set_log(self, effect: e.SetLog) -> None:
-        self.log = DirtyLog(effect.fd, effect.size, effect.offset)
-        self._relog()
+        self._replace_log(DirtyLog(effect.fd, effect.size, effect.offset))
 
     def _clear_log(self, effect: e.ClearLog) -> None:
-        self.log = None
+        self._replace_log(None)
+
+    def _replace_log(self, log: DirtyLog | None) -> None:
+        old, self.log = self.log, log
         self._relog()
+        if old is not None and old.outside:
+            self.warn(f"{old.outside} writes lay beyond the dirty log and are not marked; it must cover all memory")
 
     def _relog(self) -> None:
         for index, ring in self.rings.items():

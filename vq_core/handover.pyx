@@ -73,6 +73,13 @@ cdef int _withdraw(mailbox_t* mailbox, uint32_t ticket) noexcept nogil:
     return status
 
 
+class StuckWorkerError(BaseException):
+    """A worker does not come to a burst boundary, so nothing that it uses may be released: the process must end.
+
+    Not an Exception, since whoever goes on after it, and closes or unmaps things, lets the worker use what it lost.
+    """
+
+
 cdef class Mailbox:
     """The way to a worker: one command at a time, executed at a burst boundary."""
 
@@ -115,5 +122,5 @@ cdef int handover_run(Mailbox mailbox, command_run_t run, void* target, void* ar
             if status != 0:
                 status = _withdraw(box, box.posted)
     if status != 0:
-        raise RuntimeError(f"a worker has not passed a burst boundary for {PATIENCE_S} s; a program or port blocks it")
+        raise StuckWorkerError(f"a worker has not passed a burst boundary for {PATIENCE_S} s; a program or port blocks it")
     return 0

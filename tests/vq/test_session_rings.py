@@ -318,21 +318,34 @@ def test_fd_that_cannot_signal(
 
 @pytest.mark.parametrize("request_id", FD_MESSAGES)
 @pytest.mark.parametrize("kind", ["eventfd", "pipe", "socket"])
-def test_fd_that_can_signal_is_made_non_blocking(ready: Peer, request_id: Request, kind: str) -> None:
+def test_fd_that_can_signal_never_holds_us_up(ready: Peer, request_id: Request, kind: str) -> None:
     ready.say(R.SET_VRING_NUM, (0, 256))
     ready.say(R.SET_VRING_ADDR, addresses(0))
+    kick = request_id == R.SET_VRING_KICK
     if kind == "eventfd":
         ends = [os.eventfd(0)]
         given = ends[0]
     elif kind == "pipe":
         ends = list(os.pipe())
-        given = ends[0] if request_id == R.SET_VRING_KICK else ends[1]
+        given = ends[0] if kick else ends[1]
     else:
         ends = [sock.detach() for sock in socket.socketpair()]
         given = ends[0]
     assert os.get_blocking(given)
-    assert ready.acked(request_id, 0, [given]) == 0
-    assert not os.get_blocking(given)  # the flag belongs to the file, so it shows in our fd as well
+    served = kick or kind != "socket"  # a socket cannot be opened anew for us alone
+    assert ready.acked(request_id, 0, [given]) == (0 if served else 1)
+    ring = ready.session.rings[0]
+    ours = {R.SET_VRING_KICK: ring.kick_fd, R.SET_VRING_CALL: ring.call_fd, R.SET_VRING_ERR: ring.err_fd}[request_id]
+    if served:
+        assert ours is not None
+        assert not os.get_blocking(ours)
+    if kind == "pipe" and not kick:
+        assert ours is not None
+        assert os.get_blocking(given), "the front-end's end is its own affair"
+        os.set_blocking(given, True)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(ours, bytes(4096))
     for fd in ends:
         os.close(fd)
 

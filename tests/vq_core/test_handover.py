@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from engine_rig import VERSION_1, Guest, running, wait_for
+from vq_core.handover import StuckWorkerError
 from vq_core.memory import MemoryMap
 from vq_core.worker import Plan, Worker
 
@@ -142,7 +143,7 @@ def test_a_worker_that_is_stuck_is_told_of_and_does_nothing_behind_our_back(harn
         guest.transmitq.kick()
         assert reached.wait(10)
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match="a program or port blocks it"):
+        with pytest.raises(StuckWorkerError, match="a program or port blocks it"):
             guest.port.queues[1].stop()
         assert 10 <= time.monotonic() - start < 20
         target.on_push = None

@@ -114,4 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The interpreter flushes standard output once more at its end, and would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_code(error)
+    except BaseException as error:
+        if type(error).__name__ == "StuckWorkerError":
+            # Nothing may be released any more, and a thread that cannot be joined is left: end at once.
+            print(f"vq: error: {error}", file=sys.stderr, flush=True)
+            os._exit(RESOURCE)
+        raise
     return result if isinstance(result, int) else OK

@@ -32,7 +32,8 @@ static void vq_guard_handler(int number, siginfo_t *info, void *context) {
     for (vq_guard_node *node = __atomic_load_n(&vq_guard_list, __ATOMIC_ACQUIRE); node; node = node->next) {
         uintptr_t start = __atomic_load_n(&node->start, __ATOMIC_ACQUIRE);
         uintptr_t end = __atomic_load_n(&node->end, __ATOMIC_ACQUIRE);
-        if (start && address >= start && address < end) {
+        /* The second look at start: a node that was recycled between the two loads has another one. */
+        if (start && address >= start && address < end && start == __atomic_load_n(&node->start, __ATOMIC_ACQUIRE)) {
             void *got = mmap((void *)start, end - start, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
             if (got == MAP_FAILED) break;

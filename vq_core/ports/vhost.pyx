@@ -23,6 +23,7 @@ from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_INDIRECT, VIRT
 cdef enum:
     HEADER_MAX = 12
     STEPS_BURST = 4096           # descriptors walked before a pull ends its burst (fairness)
+    STEPS_PUSH = 4096            # descriptors walked by the slow path before a push ends (fairness)
     STEPS_PACKET = 65536         # descriptors walked for one push before the ring is broken
     ROOM_ENOUGH = 64             # buffers: more than anybody asks for at once (a burst, a worker's NEED_MAX)
 
@@ -365,8 +366,10 @@ cdef int _write_part(queue_t* queue, virtq_desc_t* descriptor, reader_t* reader,
     return <int>done
 
 
-cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes) noexcept nogil:
+cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes, uint32_t* walked) noexcept nogil:
     """Write one packet into as many chains as it needs: DONE, NO_ROOM, DROPPED or BROKE.
+
+    The descriptors that it read are added to `walked`, also those of chains that stay available.
 
     Buffers are only written before they are used, so an unfinished packet leaves nothing behind: its chains stay
     available (protocol section 9.2).
@@ -424,7 +427,9 @@ cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes) no
                 return BROKE
             in_chain += part
             written += part
-        steps += (ring.num if chain.table_count == 0 else chain.table_count) - chain.budget
+        step = <int>((ring.num if chain.table_count == 0 else chain.table_count) - chain.budget)
+        steps += step
+        walked[0] += step
         if not room or steps > STEPS_PACKET:
             queue_break(queue, BROKEN_LOOP if room else BROKEN_DIRECTION, head)
             return BROKE
@@ -451,7 +456,7 @@ cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogi
     cdef pair_t* pair = <pair_t*>endpoint.port
     cdef queue_t* queue = pair.receiveq
     cdef split_t* ring = &queue.ring
-    cdef uint32_t header_bytes, need, frame_limit
+    cdef uint32_t header_bytes, need, frame_limit, walked = 0
     cdef int ready, done = 0, run, j, status, sent = 0
     cdef uint64_t total = 0
     cdef uint16_t head
@@ -508,7 +513,9 @@ cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogi
                 queue.counters.dropped[DROP_MTU] += 1
                 done += 1
                 continue
-            status = _push_chain(queue, packet, header_bytes)
+            if walked > STEPS_PUSH:
+                break            # as without room: the rest waits or is dropped
+            status = _push_chain(queue, packet, header_bytes, &walked)
             if status == NO_ROOM:
                 break
             if status == BROKE:

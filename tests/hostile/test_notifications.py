@@ -1,0 +1,323 @@
+"""Lines 37, 41 and 43: kicks, calls, and a guest that wants all the attention."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from hostile.conftest import Connect
+from hostile.guest import CALL, INDIRECT, KICK, NEXT, PLAIN, WRITE, A, Guest
+from hostile.process import Host, Neighbour, wait_until
+from vq import virtio as v
+from vq.message import Request
+
+EVENT = PLAIN | v.mask(v.VIRTIO_F_EVENT_IDX)
+MRG = PLAIN | v.mask(v.VIRTIO_NET_F_MRG_RXBUF)
+BUFFERS = A + 0x200000
+NUM = 16
+SECONDS = 0.4
+
+
+def idle(host: Host, neighbour: Neighbour, limit: float = 0.25) -> None:
+    """Insist that the process sleeps, for most of a while, once the neighbour is quiet."""
+    neighbour.quiet = True
+    try:
+        time.sleep(0.1)
+        before = host.cpu_seconds()
+        time.sleep(SECONDS)
+        share = (host.cpu_seconds() - before) / SECONDS
+        assert share < limit, f"{share:.0%} of a processor without any work"
+    finally:
+        neighbour.quiet = False
+
+
+@contextmanager
+def busy(act: Callable[[], None]) -> Iterator[None]:
+    """Do something as often as possible in another thread."""
+    ending = threading.Event()
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            while not ending.is_set():
+                act()
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+    assert not failures, failures
+
+
+# -- line 37 --
+
+
+@pytest.mark.checklist(37)
+@pytest.mark.parametrize("event", [0, 1, 15, 16, 0x7FFF, 0x8000, 0xFFFF])
+def test_any_used_event(host: Host, neighbour: Neighbour, connect: Connect, event: int) -> None:
+    """Line 37: wherever the guest wants its next call, packets move and nothing spins."""
+    guest = connect(EVENT)
+    for index in (0, 1):
+        (guest.receive, guest.transmit)[index].avail[2 + NUM] = event
+    guest.write(BUFFERS, bytes(12) + b"e" * 68)
+    guest.transmit.put(0, BUFFERS, 80)
+    guest.receive.put(0, BUFFERS + 4096, 80, WRITE)
+    for number in range(40):
+        guest.receive.offer(0)
+        guest.transmit.offer(0)
+        guest.kick(1)
+        wait_until("the packet is received", lambda number=number: guest.receive.used_idx == number + 1)
+    guest.well()
+
+
+@pytest.mark.checklist(37)
+def test_calls_are_not_wanted_and_then_wanted(host: Host, neighbour: Neighbour, connect: Connect) -> None:
+    """Line 37: a guest that never wants calls loses none of its packets, and gets calls again when it asks."""
+    guest = connect(EVENT, num=64)
+    for round_number in range(3):
+        calls = host.queue("receiveq0")["calls"]
+        for ring in (guest.receive, guest.transmit):
+            ring.avail[2 + 64] = (ring.used_idx + 30000) % 65536
+        position = guest.receive.used_idx
+        for number in range(64):
+            guest.receive.put(number, BUFFERS + 256 * number, 256, WRITE)
+            guest.transmit.put(number, BUFFERS + 0x40000, 80)
+        guest.receive.offer(*range(64))
+        guest.transmit.offer(*range(64))
+        guest.kick(1)
+        wait_until("all are received", lambda position=position: (guest.receive.used_idx - position) % 65536 == 64)
+        assert host.queue("receiveq0")["calls"] - calls <= (1 if round_number == 0 else 0)
+    idle(host, neighbour)
+    guest.receive.avail[2 + 64] = guest.receive.used_idx
+    before = host.queue("receiveq0")["calls"]
+    guest.receive.offer(0)
+    guest.transmit.offer(0)
+    guest.kick(1)
+    wait_until("the call comes", lambda: host.queue("receiveq0")["calls"] == before + 1)
+
+
+@pytest.mark.checklist(37)
+@pytest.mark.parametrize("flags", [1, 2, 3, 0xFFFE, 0xFFFF])
+@pytest.mark.parametrize("features", [PLAIN, EVENT])
+def test_any_flags_of_the_available_ring(guest: Guest, connect: Connect, flags: int, features: int) -> None:
+    """Line 37: unknown flags mean nothing; NO_INTERRUPT without EVENT_IDX means no call."""
+    guest.close()
+    guest = connect(features)
+    guest.transmit.avail[0] = guest.receive.avail[0] = flags
+    if features == EVENT:
+        guest.exchange(b"flags are ignored" * 5)
+        return
+    guest.write(BUFFERS, bytes(12) + b"f" * 68)
+    guest.transmit.put(0, BUFFERS, 80)
+    guest.receive.put(0, BUFFERS + 4096, 80, WRITE)
+    before = guest.host.queue("receiveq0")["calls"]
+    for number in range(5):
+        guest.receive.offer(0)
+        guest.transmit.offer(0)
+        guest.kick(1)
+        wait_until("it is received", lambda number=number: guest.receive.used_idx == number + 1)
+    wait_until("it was thought about", lambda: guest.host.queue("receiveq0")["calls_suppressed"] or not flags & 1)
+    assert (guest.host.queue("receiveq0")["calls"] == before) == bool(flags & 1)
+
+
+@pytest.mark.checklist(37)
+def test_the_guest_writes_the_device_s_wishes(host: Host, neighbour: Neighbour, connect: Connect) -> None:
+    """Line 37: flags of the used ring and avail_event are the device's; overwriting them harms the guest at most."""
+    guest = connect(EVENT)
+
+    def scribble() -> None:
+        for queue in guest.queues:
+            queue.used_head[0] = 0xFFFF
+            queue.avail_event[0] = (int(queue.avail_event[0]) + 12345) % 65536
+        time.sleep(0)
+
+    with busy(scribble):
+        neighbour.check(10)
+        for _ in range(20):
+            guest.exchange_kicking(b"scribbled" * 9)
+    guest.well()
+
+
+# -- line 41 --
+
+
+@pytest.mark.checklist(41)
+def test_kick_storm_without_buffers(host: Host, neighbour: Neighbour, guest: Guest) -> None:
+    """Line 41: kicks as fast as they can be, with nothing to do; then the process sleeps again."""
+    with busy(lambda: [guest.kick(index) for index in (0, 1)] and None):
+        neighbour.check(20)
+        assert guest.frontend.request(Request.GET_FEATURES)
+    guest.exchange(b"after the storm" * 6)
+    idle(host, neighbour)
+
+
+@pytest.mark.checklist(41)
+def test_full_kick_counter(host: Host, neighbour: Neighbour, guest: Guest) -> None:
+    """Line 41: the kick eventfd is never read, so it may be full: it is readable for ever, and nothing spins."""
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        os.eventfd_write(fd, 0xFFFF_FFFF_FFFF_FFFE)
+        assert guest.ring_word(KICK, 1, fd) == "done"
+        idle(host, neighbour)
+        os.eventfd_read(fd)
+        guest.transmit.put(0, BUFFERS, 80)
+        guest.transmit.offer(0)
+        os.eventfd_write(fd, 1)
+        wait_until("the kick is seen", lambda: guest.transmit.used_idx == 1)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.checklist(41)
+def test_full_call_counter(host: Host, neighbour: Neighbour, guest: Guest) -> None:
+    """Line 41: a call that cannot be added to is a call; a thousand packets later nothing has waited for it."""
+    fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
+    try:
+        for index, fd in enumerate(fds):
+            os.eventfd_write(fd, 0xFFFF_FFFF_FFFF_FFFE)
+            assert guest.ring_word(CALL, index, fd) == "done"
+        guest.transmit.put(0, BUFFERS, 80)
+        guest.receive.put(0, BUFFERS + 4096, 80, WRITE)
+        for number in range(300):
+            guest.receive.offer(0)
+            guest.transmit.offer(0)
+            guest.kick(1)
+            wait_until("it is received", lambda number=number: guest.receive.used_idx == number + 1)
+        assert os.eventfd_read(fds[0]) == 0xFFFF_FFFF_FFFF_FFFE
+    finally:
+        for fd in fds:
+            os.close(fd)
+    neighbour.check()
+
+
+@pytest.mark.checklist(41)
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_kick_fd_whose_other_end_is_closed(host: Host, neighbour: Neighbour, guest: Guest, kind: str) -> None:
+    """Line 41: a hang-up is one edge, not a loop."""
+    if kind == "pipe":
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+    else:
+        one, other = socket.socketpair()
+        ours, theirs = one.detach(), other.detach()
+    assert guest.ring_word(KICK, 1, ours) == "done"
+    os.close(ours)
+    os.close(theirs)
+    idle(host, neighbour)
+    guest.well()
+
+
+@pytest.mark.checklist(41, 5)
+@pytest.mark.parametrize("index", [0, 1])
+def test_call_fd_whose_other_end_is_closed(neighbour: Neighbour, guest: Guest, index: int) -> None:
+    """Lines 5, 41: a call into a closed pipe is no signal that ends the process."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    assert guest.ring_word(CALL, index, writing) == "done"
+    assert guest.ring_word(Request.SET_VRING_ERR, index, writing) == "done"
+    os.close(reading)
+    os.close(writing)
+    guest.exchange(b"nobody hears the call" * 4)
+    guest.transmit.avail[1] += 100
+    guest.kick(1)
+    wait_until("the ring is broken", lambda: guest.host.queue("transmitq0")["broken"])
+    neighbour.check()
+
+
+@pytest.mark.checklist(41)
+def test_full_call_pipe(neighbour: Neighbour, guest: Guest) -> None:
+    """Line 41: a pipe that nobody empties takes no more calls, and delays none."""
+    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(65536))
+        os.set_blocking(writing, True)
+        assert guest.ring_word(CALL, 0, writing) == "done"
+        for _ in range(10):
+            guest.exchange(b"nobody empties it" * 4)
+    finally:
+        os.close(reading)
+        os.close(writing)
+    neighbour.check()
+
+
+# -- line 43 --
+
+
+@pytest.mark.checklist(43)
+@pytest.mark.parametrize("what", ["packets", "nothing", "long chains", "empty tables"])
+def test_a_ring_that_never_ends(host: Host, neighbour: Neighbour, connect: Connect, what: str) -> None:
+    """Line 43 (CVE-2020-14378): a ring that is refilled as fast as it is emptied; messages and the neighbour go on."""
+    num = 32768 if what == "long chains" else 1024
+    guest = connect(num=num)
+    ring = guest.transmit
+    guest.write(BUFFERS, bytes(12) + b"p" * 68)
+    if what == "packets":
+        ring.desc["addr"], ring.desc["len"] = BUFFERS, 80
+    elif what == "long chains":
+        ring.desc["addr"], ring.desc["len"] = BUFFERS, 0
+        ring.desc["flags"] = NEXT
+        ring.desc["next"] = [(number + 7919) % num for number in range(num)]
+        ring.desc["flags"][(0 - 7919) % num] = 0  # from head 0 through all of them
+    elif what == "empty tables":
+        table = guest.bytes_at(BUFFERS + 0x10000, 16 * 1024)
+        table[:] = b"".join(
+            (0).to_bytes(12, "little")
+            + (NEXT if n < 1023 else 0).to_bytes(2, "little")
+            + ((n + 1) % 1024).to_bytes(2, "little")
+            for n in range(1024)
+        )
+        ring.desc["addr"], ring.desc["len"], ring.desc["flags"] = BUFFERS + 0x10000, 16 * 1024, INDIRECT
+    ring.avail[2:-1] = 0
+
+    def refill() -> None:
+        ring.avail[1] = (ring.used_idx + num) % 65536
+        guest.kick(1)
+
+    neighbour.slowest = 0.0
+    with busy(refill):
+        begin = time.monotonic()
+        neighbour.check(10)
+        for _ in range(5):
+            assert guest.frontend.request(Request.GET_FEATURES)
+            assert neighbour.frontend.request(Request.GET_FEATURES)
+        assert time.monotonic() - begin < 4
+        guest.frontend.timeout = 2
+        guest.stop(1)
+    assert neighbour.slowest < 0.5
+    assert ring.used_idx > 0
+    guest.queues[1].reset()
+
+
+@pytest.mark.checklist(43, 34)
+def test_packets_that_never_fit(host: Host, neighbour: Neighbour, connect: Connect) -> None:
+    """Lines 34, 43: long packets for the largest ring of one-byte buffers, all in vain; the neighbour goes on."""
+    guest = connect(MRG, num=32768)
+    guest.receive.desc["addr"], guest.receive.desc["len"], guest.receive.desc["flags"] = BUFFERS, 1, WRITE
+    guest.receive.avail[2:-1] = range(32768)
+    guest.receive.avail[1] = 32768
+    guest.transmit.desc["addr"], guest.transmit.desc["len"] = BUFFERS + 4096, 12 + 65000
+    guest.transmit.avail[2:-1] = 0
+
+    def refill() -> None:
+        guest.transmit.avail[1] = (guest.transmit.used_idx + 32768) % 65536
+        guest.kick(1)
+
+    neighbour.slowest = 0.0
+    with busy(refill):
+        neighbour.check(10)
+        guest.frontend.timeout = 2
+        guest.stop(1)
+    assert guest.receive.used_idx == 0
+    assert neighbour.slowest < 0.25
+    guest.queues[1].reset()

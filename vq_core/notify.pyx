@@ -1,0 +1,107 @@
+"""Signals to a peer that cannot hold us.
+
+An asynchronous read of no interest (of /dev/null) is submitted with the peer's eventfd as the place to report its
+end to. The kernel counts the end into the eventfd at once, and never waits: a full counter stays full. It costs about
+two microseconds more than a write, which a queue pays only when its driver asked to be called.
+
+Where the kernel or a sandbox has no asynchronous I/O a plain write is left, on a descriptor that was made O_NONBLOCK.
+"""
+from libc.errno cimport EAGAIN, EINVAL, errno
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
+from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_pause, vq_store_release_u32
+
+import os
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t c_write "write"(int fd, const void* data, size_t bytes) noexcept
+    long c_syscall "syscall"(long number, ...) noexcept
+
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_io_setup, SYS_io_submit
+
+cdef extern from "<linux/aio_abi.h>" nogil:
+    ctypedef unsigned long aio_context_t
+    int IOCB_CMD_PREAD, IOCB_FLAG_RESFD
+    cdef struct iocb:
+        uint16_t aio_lio_opcode
+        uint32_t aio_fildes
+        uint64_t aio_buf
+        uint64_t aio_nbytes
+        uint32_t aio_flags
+        uint32_t aio_resfd
+
+# The head of the ring of finished requests, which the kernel maps for us at the address of the context. Its layout is
+# an interface: libaio reads it too.
+cdef struct ring_t:
+    uint32_t id
+    uint32_t nr
+    uint32_t head
+    uint32_t tail
+    uint32_t magic
+
+cdef enum:
+    AIO_RING_MAGIC = 0xa10a10a1
+    REQUESTS = 64
+    TRIES = 1000
+
+cdef aio_context_t _context = 0
+cdef ring_t* _ring = NULL
+cdef int _null_fd = -1
+cdef uint32_t _forgetting = 0
+
+
+cdef void _forget_finished() noexcept nogil:
+    """Make room in the ring of finished requests; one thread at a time, so that its head only goes forward."""
+    if vq_exchange_u32(&_forgetting, 1) == 0:
+        vq_store_release_u32(&_ring.head, vq_load_acquire_u32(&_ring.tail))
+        vq_store_release_u32(&_forgetting, 0)
+
+
+cdef void notify_signal(int fd) noexcept nogil:
+    cdef iocb request
+    cdef iocb* requests = &request
+    cdef char ignored
+    cdef int tries
+    cdef uint64_t one = 1
+    if fd < 0:
+        return
+    if _ring != NULL:
+        memset(&request, 0, sizeof(request))
+        request.aio_lio_opcode = IOCB_CMD_PREAD
+        request.aio_fildes = _null_fd
+        request.aio_buf = <uint64_t>&ignored
+        request.aio_nbytes = 1
+        request.aio_flags = IOCB_FLAG_RESFD
+        request.aio_resfd = fd
+        for tries in range(TRIES):
+            if c_syscall(SYS_io_submit, _context, <long>1, &requests) == 1:
+                _forget_finished()
+                return
+            if errno != EAGAIN:
+                break
+            _forget_finished()       # other threads filled the ring
+            vq_pause()
+        if errno != EINVAL:
+            return                   # a closed descriptor
+    # Not an eventfd: a pipe, which the control plane has opened anew for us alone, without waiting.
+    c_write(fd, &one, 8)
+
+
+def signal(int fd):
+    """Signal an eventfd or pipe of a peer once, without ever waiting for it."""
+    with nogil:
+        notify_signal(fd)
+
+
+def _open():
+    global _context, _ring, _null_fd
+    cdef ring_t* ring
+    _null_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    if c_syscall(SYS_io_setup, <long>REQUESTS, &_context) == 0:
+        ring = <ring_t*>_context
+        if ring.magic == AIO_RING_MAGIC:
+            _ring = ring
+
+
+_open()
