@@ -17,7 +17,8 @@ from typing import Final, Self
 from vq.apply import Applier
 from vq.device import Device
 from vq.endpoint import Connector, Listener, adopt, listen
-from vq.errors import ConnectionClosed, PeerError, ResourceError, UsageError, VqError
+from vq.errors import ConnectionClosed, FrontendError, PeerError, ResourceError, UsageError, VqError
+from vq.reaper import Reaper
 from vq.session import Session
 from vq.transport import Connection
 from vq_core.timer import Timer
@@ -27,6 +28,7 @@ __all__ = ["Backend"]
 logger = logging.getLogger(__name__)
 
 MESSAGES_MAX: Final = 64  # served in one go, so that one front-end's flood does not delay the others
+UNCLOSED_MAX: Final = 64  # descriptors of one front-end that hang in close()
 PAUSE_S: Final = 0.1  # until the next accept after one that failed for want of descriptors
 WARNINGS_MAX: Final = 10  # of one device at once; one more each second
 
@@ -90,6 +92,7 @@ class Backend:
         self.closed = False
         self._epoll = select.epoll()
         self._timer = Timer()
+        self._reaper = Reaper()
         self._epoll.register(self._timer.fileno(), select.EPOLLIN)
         try:
             if fd is not None:
@@ -132,6 +135,10 @@ class Backend:
 
     def dispatch(self) -> None:
         """Serve what is there, without waiting; never raises for what a peer did."""
+        with self._reaper.active():
+            self._dispatch()
+
+    def _dispatch(self) -> None:
         found = dict(self._epoll.poll(0))
         # The front-end of before may be coming again: its old connection is read to its end first.
         leaving = self._connection is not None and found.get(self._connection.fileno(), 0) & select.EPOLLHUP
@@ -183,6 +190,7 @@ class Backend:
         self._end("closed by us")
         if self._listener is not None:
             self._listener.close()
+        self._reaper.stop()
         self._timer.close()
         self._epoll.close()
 
@@ -198,13 +206,13 @@ class Backend:
 
     def _accept(self) -> None:
         assert self._listener is not None
+        if self._reaper.busy:
+            self._look_away("what a front-end left behind cannot be closed; it takes no other until then")
+            return
         try:
             connection = self._listener.accept()
         except ResourceError as error:
-            # The waiting connection would wake us again at once: look away for a moment.
-            self.warn(str(error))
-            self._epoll.unregister(self._listener.fileno())
-            self._timer.set(PAUSE_S)
+            self._look_away(str(error))
             return
         if connection is None:
             return
@@ -213,6 +221,13 @@ class Backend:
             connection.close()
             return
         self._begin(connection)
+
+    def _look_away(self, reason: str) -> None:
+        """Do not accept for a moment: the connection that waits would wake us again at once."""
+        assert self._listener is not None
+        self.warn(reason)
+        self._epoll.unregister(self._listener.fileno())
+        self._timer.set(PAUSE_S)
 
     def _on_timer(self) -> None:
         if self._connector is not None and self._connection is None:
@@ -223,12 +238,12 @@ class Backend:
 
     def _connect(self) -> None:
         assert self._connector is not None
-        wait = self._connector.next_attempt_in()
-        connection = self._connector.attempt() if wait <= 0 else None
+        due = self._connector.next_attempt_in() <= 0 and not self._reaper.busy
+        connection = self._connector.attempt() if due else None
         if connection is not None:
             self._begin(connection)
         else:
-            self._timer.set(self._connector.next_attempt_in())
+            self._timer.set(max(self._connector.next_attempt_in(), PAUSE_S if self._reaper.busy else 0))
 
     def _begin(self, connection: Connection) -> None:
         self._connection = connection
@@ -243,14 +258,15 @@ class Backend:
         """Forget the connection and everything that came by it."""
         connection, session = self._connection, self._session
         self._connection = self._session = self._applier = None
-        if session is not None:
-            session.close()
-            self.device.reset()
-        if connection is not None:
-            logger.info("device=%s disconnected=%r", self.device.name, reason)
-            self._epoll.unregister(connection.fileno())
-            connection.close()
-            self._changed()
+        with self._reaper.active():
+            if session is not None:
+                session.close()
+                self.device.reset()
+            if connection is not None:
+                logger.info("device=%s disconnected=%r", self.device.name, reason)
+                self._epoll.unregister(connection.fileno())
+                connection.close()
+                self._changed()
         if self._connector is not None and not self.closed and connection is not None:
             self._connector.lost()
             self._timer.set(self._connector.next_attempt_in())
@@ -270,6 +286,9 @@ class Backend:
                     reply = session.receive(message)
                     if reply is not None:
                         connection.send(reply)
+                    if self._reaper.busy > UNCLOSED_MAX:
+                        limit = f"at most {UNCLOSED_MAX} may take long"
+                        raise FrontendError(message.name, "fds that cannot be closed", self._reaper.busy, limit)
             self._epoll.modify(connection.fileno(), select.EPOLLIN | (select.EPOLLOUT if connection.wants_write else 0))
             self.check_memory()
         except ConnectionClosed as end:

@@ -11,10 +11,8 @@ Spec: vhost-user, "Message Specification", "Front-end message types", "Back-end 
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable
-from contextlib import suppress
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
@@ -44,6 +42,7 @@ from vq.payload import (
     Codec,
     Log,
 )
+from vq.reaper import close_fd
 
 HEADER: Final = struct.Struct("=III")
 FDS_MAX: Final = 32
@@ -332,8 +331,7 @@ class Message:
 def close_fds(fds: list[int]) -> None:
     """Close and forget the fds of a list; one that cannot be closed does not keep the others open."""
     while fds:
-        with suppress(OSError):
-            os.close(fds.pop())
+        close_fd(fds.pop())
 
 
 def request_name(request: int, names: type[IntEnum] = Request) -> str:

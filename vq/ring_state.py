@@ -17,6 +17,7 @@ from vq import virtio as v
 from vq.effects import RingConfig
 from vq.errors import FrontendError
 from vq.payload import VringAddr
+from vq.reaper import close_fd
 
 FdKind = Literal["kick_fd", "call_fd", "err_fd"]
 
@@ -106,7 +107,7 @@ class RingState:
 def replace_fd(old: int | None, new: int | None) -> int | None:
     """Close the old fd and give back the new one."""
     if old is not None:
-        os.close(old)
+        close_fd(old)
     return new
 
 

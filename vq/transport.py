@@ -23,11 +23,13 @@ from typing import Final
 
 from vq.errors import BackendError, ConnectionClosed, FrontendError, PeerError
 from vq.message import FDS_MAX, HEADER, Header, Message, close_fds, decode, decode_header, request_name
+from vq.reaper import close_fd
 
 SEND_BUFFER_MAX: Final = 64 * 1024
 _SO_PASSSEC: Final = 34
 _FD_SIZE: Final = array.array("i").itemsize
-_FDS_SPACE: Final = socket.CMSG_SPACE(FDS_MAX * _FD_SIZE)
+_FDS_SENT_MAX: Final = 253  # SCM_MAX_FD of Linux: nobody can send more at once
+_FDS_SPACE: Final = socket.CMSG_SPACE(_FDS_SENT_MAX * _FD_SIZE)
 
 
 class Connection:
@@ -98,7 +100,7 @@ class Connection:
     def _read_header(self) -> bool:
         while len(self._header) < HEADER.size:
             # Fds belong to the first byte of the header, so only the first read may bring some.
-            data = self._read(HEADER.size - len(self._header), room=_FDS_SPACE if not self._header else 0)
+            data = self._read(HEADER.size - len(self._header), FDS_MAX if not self._header else 0)
             if data is None:
                 return False
             if not data:
@@ -109,7 +111,7 @@ class Connection:
 
     def _read_body(self, header: Header) -> bool:
         while len(self._body) < header.size:
-            data = self._read(header.size - len(self._body), room=0)
+            data = self._read(header.size - len(self._body), 0)
             if data is None:
                 return False
             if not data:
@@ -117,21 +119,28 @@ class Connection:
             self._body += data
         return True
 
-    def _read(self, size: int, room: int) -> bytes | None:
-        """Read up to `size` bytes; None if nothing is there now, b"" at the end of the stream."""
+    def _read(self, size: int, allowed: int) -> bytes | None:
+        """Read up to `size` bytes; None if nothing is there now, b"" at the end of the stream.
+
+        There is always room for all fds that can come, allowed or not: the kernel would close the others in here, and
+        closing can be made to hang (vq.reaper).
+        """
+        how = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+            data, ancillary, flags, _ = self._sock.recvmsg(size, _FDS_SPACE, how)
         except (BlockingIOError, InterruptedError):
             return None
         except ConnectionResetError:
             return b""  # the peer went away without reading our last replies
+        came = 0
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds = array.array("i")
                 fds.frombytes(content[: len(content) - len(content) % _FD_SIZE])
                 self._fds.extend(fds)
-        if flags & socket.MSG_CTRUNC:
-            value = "too high" if room else "not 0 inside a message"
+                came += len(fds)
+        if came > allowed or flags & socket.MSG_CTRUNC:
+            value = "too high" if allowed else "not 0 inside a message"
             limit = f"up to {FDS_MAX} come with the first byte of a message (or our own limit of open files is reached)"
             raise self._error(self._name(), "number of fds", value, limit, fatal=True)
         return data
@@ -214,4 +223,7 @@ class Connection:
             close_fds(fds)
         self._unsent.clear()
         self._unsent_bytes = 0
-        self._sock.close()
+        if self._sock.fileno() >= 0:
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # the peer sees the end now, however long closing takes
+            close_fd(self._sock.detach())

@@ -74,8 +74,6 @@ ONLY_REFUSED = {
 IN_PART = {
     19: "the channel is kept but nothing is ever sent on it, so that no peer can delay us; net does not offer it",
     25: "with threads and verified packets; not under a thread sanitizer, which the interpreter is not built with",
-    5: "a front-end that makes its eventfd blocking again after it was handed over, and fills it, can hold its worker: "
-    "the flag belongs to the open file, which it shares, and Linux has no write to an eventfd that ignores it",
 }
 
 

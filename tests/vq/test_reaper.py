@@ -1,0 +1,86 @@
+"""Closing never waits for the peer, and a back-end whose closing hangs takes no new front-end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+
+from vq.backend import Backend
+from vq.devices.net import NetDevice
+from vq.reaper import GRACE_S, Reaper
+
+LINGER_S = 2
+
+
+def lingering() -> tuple[int, socket.socket]:
+    """A descriptor whose close() takes LINGER_S: a TCP socket with unsent data and SO_LINGER; and its other end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        reader, _ = server.accept()
+    sender.setblocking(False)
+    try:
+        while True:
+            sender.send(bytes(1 << 16))
+    except BlockingIOError:
+        pass
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LINGER_S))
+    sender.setblocking(True)
+    return sender.detach(), reader
+
+
+def test_a_lingering_socket_costs_a_moment_only() -> None:
+    reaper = Reaper()
+    fd, reader = lingering()
+    begin = time.monotonic()
+    reaper.close(fd)
+    assert time.monotonic() - begin < 10 * GRACE_S < LINGER_S
+    assert reaper.busy == 1
+    deadline = time.monotonic() + 10 * LINGER_S
+    while reaper.busy and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not reaper.busy
+    reader.close()
+    reaper.stop()
+
+
+def test_ordinary_descriptors_are_closed_when_close_returns() -> None:
+    reaper = Reaper()
+    with open(os.devnull) as file:
+        plain = os.dup(file.fileno())
+    ours, theirs = socket.socketpair()
+    for fd in (os.eventfd(0), os.memfd_create("x"), plain, ours.detach(), theirs.detach()):
+        reaper.close(fd)
+        try:
+            os.fstat(fd)
+        except OSError:
+            continue
+        raise AssertionError(f"descriptor {fd} is still open")
+    reaper.stop()
+
+
+def test_a_backend_that_cannot_close_takes_nobody_until_it_can(tmp_path: Path) -> None:
+    path = str(tmp_path / "a")
+    fd, reader = lingering()
+    with Backend(NetDevice("a", pairs=1), path=path) as backend:
+        with socket.socket(socket.AF_UNIX) as hostile:
+            hostile.connect(path)
+            backend.dispatch()
+            # More bytes than a header before the fd, so that it still waits in the socket when the connection ends.
+            hostile.sendall(bytes(12))
+            socket.send_fds(hostile, [b"x"], [fd])
+            os.close(fd)
+            backend.dispatch()
+        assert backend.state == "listening"
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(path)
+            backend.dispatch()
+            assert backend.state == "listening", "what the first one left is not closed yet"
+            deadline = time.monotonic() + 10 * LINGER_S
+            while backend.state == "listening" and time.monotonic() < deadline:
+                time.sleep(0.05)
+                backend.dispatch()
+            assert backend.state == "connected"
+    reader.close()

@@ -1,0 +1,98 @@
+"""Closing what came from a peer, without waiting for the peer.
+
+close() can take as long as the peer likes: a TCP socket lingers over what it has not sent, a file of FUSE waits for its
+server, and a Unix socket takes everything along that waits in it. So only descriptors that are known not to wait are
+closed in place; all others are closed in a thread of the back-end that they came to. A back-end whose thread hangs
+takes no new front-end (`Reaper.busy`), so that a hostile peer blocks itself, and what it leaves behind is bounded.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
+from typing import Final
+
+__all__ = ["Reaper", "close_fd"]
+
+GRACE_S: Final = 0.05  # a closing that takes longer is one that hangs; until then it is waited for
+AT_ONCE: Final = ("anon_inode:[eventfd]", "pipe:[", "/memfd:", "/dev/null")
+
+
+class Reaper:
+    """Closes the descriptors of one back-end.
+
+    Notes
+    -----
+    Threading: `close`, `busy` and `active` are for the control thread.
+    """
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[int | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._given = 0
+        self._closed = 0
+        self._progress = threading.Condition()
+
+    @property
+    def busy(self) -> int:
+        """Number of descriptors that are not closed yet."""
+        return self._given - self._closed
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor, in place if that cannot take long; waits a moment for the thread if it is not stuck."""
+        try:
+            at_once = os.readlink(f"/proc/self/fd/{fd}").startswith(AT_ONCE)
+        except OSError:
+            at_once = True  # not open, or no /proc: then there is nothing better than to close it
+        if at_once:
+            with suppress(OSError):
+                os.close(fd)
+            return
+        stuck = self.busy > 0
+        self._given += 1
+        self._work.put(fd)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="vq-reaper", daemon=True)
+            self._thread.start()
+        if not stuck:
+            with self._progress:
+                self._progress.wait_for(lambda: not self.busy, GRACE_S)
+
+    def stop(self) -> None:
+        """End the thread when it has closed everything; it is not waited for."""
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make `close_fd` use this reaper."""
+        global _active
+        before, _active = _active, self
+        try:
+            yield
+        finally:
+            _active = before
+
+    def _run(self) -> None:
+        while (fd := self._work.get()) is not None:
+            with suppress(OSError):
+                os.close(fd)
+            with self._progress:
+                self._closed += 1
+                self._progress.notify_all()
+
+
+_active: Reaper | None = None
+
+
+def close_fd(fd: int) -> None:
+    """Close a descriptor that came from a peer: by the reaper of the back-end that is being served, else in place."""
+    if _active is not None:
+        _active.close(fd)
+    else:
+        with suppress(OSError):
+            os.close(fd)
