@@ -28,6 +28,7 @@ __all__ = ["Backend"]
 logger = logging.getLogger(__name__)
 
 MESSAGES_MAX: Final = 64  # served in one go, so that one front-end's flood does not delay the others
+UNPOSTED_S: Final = 4.0  # Linux fills its receive ring as soon as the interface is up
 UNCLOSED_MAX: Final = 64  # descriptors of one front-end that hang in close()
 PAUSE_S: Final = 0.1  # until the next accept after one that failed for want of descriptors
 WARNINGS_MAX: Final = 10  # of one device at once; one more each second
@@ -83,6 +84,8 @@ class Backend:
         self._listener: Listener | None = None
         self._connector: Connector | None = None
         self._connection: Connection | None = None
+        self._unposted_since: float | None = None
+        self._told_unposted = False
         self._session: Session | None = None
         self._applier: Applier | None = None
         self._one_connection = False
@@ -178,6 +181,31 @@ class Backend:
         self._unsaid = 0
         logger.warning("device=%s error=%r%s", self.device.name, text, more)
 
+    def watch(self) -> bool:
+        """Warn once of a connection that runs and whose guest has posted no receive buffer for a while.
+
+        Returns
+        -------
+        bool
+            Whether another look in a second is worth it.
+        """
+        if self._session is None or self._told_unposted:
+            return False
+        receiveqs = [queue for queue in self.device.posted_queues if queue.live]
+        if not receiveqs or any(queue.posted for queue in receiveqs):
+            self._unposted_since = None
+            return not receiveqs
+        now = time.monotonic()
+        if self._unposted_since is None:
+            self._unposted_since = now
+        if now - self._unposted_since > UNPOSTED_S:
+            self._told_unposted = True
+            self.warn(
+                f"{receiveqs[0].name} has run for {UNPOSTED_S:.0f} s and the guest has posted no buffer: "
+                "its interface is down, or its memory is not shared; QEMU needs share=on"
+            )
+        return not self._told_unposted
+
     def disconnect(self) -> None:
         """End the present connection; the back-end goes on waiting for the next."""
         self._end("closed by us")
@@ -249,6 +277,8 @@ class Backend:
         self._connection = connection
         self._applier = Applier(self.device, self._changed, self.warn)
         self._session = Session(self.device.offer, self._applier)
+        self._unposted_since = None
+        self._told_unposted = False
         self.connections += 1
         self._epoll.register(connection.fileno(), select.EPOLLIN)
         logger.info("device=%s connected=%s", self.device.name, self.path)

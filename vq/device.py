@@ -22,6 +22,8 @@ class Device:
         What every front-end that connects is offered; never shrinks.
     queues : sequence of vq_core.queue.Queue
         The virtqueues by index; as many as `offer.queue_count`.
+    posted_queues : sequence of vq_core.queue.Queue
+        Those that a healthy driver fills with buffers soon after their start; a warning says so if it does not.
     in_order : bool
         Requests are completed in order and none outlives a crash, so that a ring resumes at its used index.
 
@@ -33,6 +35,7 @@ class Device:
     name: str
     offer: Offer
     queues: Sequence[Queue]
+    posted_queues: Sequence[Queue] = ()
     in_order = False
 
     def set_features(self, features: int) -> None:

@@ -53,6 +53,10 @@ class Pump:
     def __init__(
         self, ports: Sequence[PortSpec | str], *, cpus: Sequence[int] | None = None, poll: str = "adaptive"
     ) -> None:
+        if isinstance(ports, str):
+            raise UsageError(f"ports is a string; write a list: [{ports!r}]")
+        if poll not in ("adaptive", "busy"):
+            raise UsageError(f"poll is {poll!r}; adaptive and busy are possible")
         specs = list(parse_ports(ports))
         echoes = [spec for spec in specs if spec.kind == "echo"]
         if echoes and (len(specs) != 2 or len(echoes) != 1):
@@ -64,7 +68,7 @@ class Pump:
             for cpu in cpus:
                 if cpu not in os.sched_getaffinity(0):
                     allowed = sorted(os.sched_getaffinity(0))
-                    raise UsageError(f"--cpu: {cpu} is not among the processors of this process: {allowed}")
+                    raise UsageError(f"cpu {cpu} is not among the processors of this process: {allowed}")
         self.ports: list[OpenPort] = []
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -170,6 +174,11 @@ class Pump:
         dict
             The last snapshot.
         """
+        if self._closed:
+            raise UsageError("the pump was stopped; make a new one")
+        if (duration is not None and duration < 0) or interval <= 0:
+            raise UsageError(f"duration {duration} and interval {interval} are seconds, and cannot be negative")
+        self.start()
         self._replan = True
         begin = time.monotonic()
         end = None if duration is None else begin + duration
@@ -188,7 +197,7 @@ class Pump:
             waits = [tick - now] if on_interval is not None else []
             waits += [end - now] if end is not None else []
             waits += [DRAIN_S] if finite else []
-            waits += [LOOK_S] if any(port.backend is None for port in self.ports) else []
+            waits += [LOOK_S] if any(port.backend is None or port.backend.watch() for port in self.ports) else []
             self.dispatch(max(0.0, min(waits)) if waits else None)
         # Without workers every port has written out what it was given, and its counters are final.
         self._publish([[] for _ in self.workers])
@@ -223,7 +232,7 @@ class Pump:
                 if report is not None:
                     head, cause, section = report
                     error = GuestError(queue.index, head, f"({queue.name}) {cause}", section)
-                    logger.warning("port=%s error=%r", port.name, str(error))
+                    port.backend.warn(str(error))
                     self._replan = True
             port.backend.check_memory()
 

@@ -9,13 +9,14 @@ takes no new front-end (`Reaper.busy`), so that a hostile peer blocks itself, an
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Final
 
-__all__ = ["Reaper", "close_fd"]
+__all__ = ["Reaper", "close_fd", "close_socket"]
 
 GRACE_S: Final = 0.05  # a closing that takes longer is one that hangs; until then it is waited for
 AT_ONCE: Final = ("anon_inode:[eventfd]", "pipe:[", "/memfd:", "/dev/null")
@@ -96,3 +97,11 @@ def close_fd(fd: int) -> None:
     else:
         with suppress(OSError):
             os.close(fd)
+
+
+def close_socket(sock: socket.socket) -> None:
+    """Close a connection to a peer as `close_fd` does; the peer sees its end now, however long closing takes."""
+    if _active is not None:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+    close_fd(sock.detach())

@@ -23,7 +23,7 @@ from typing import Final
 
 from vq.errors import BackendError, ConnectionClosed, FrontendError, PeerError
 from vq.message import FDS_MAX, HEADER, Header, Message, close_fds, decode, decode_header, request_name
-from vq.reaper import close_fd
+from vq.reaper import close_socket
 
 SEND_BUFFER_MAX: Final = 64 * 1024
 _SO_PASSSEC: Final = 34
@@ -224,6 +224,4 @@ class Connection:
         self._unsent.clear()
         self._unsent_bytes = 0
         if self._sock.fileno() >= 0:
-            with suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)  # the peer sees the end now, however long closing takes
-            close_fd(self._sock.detach())
+            close_socket(self._sock)

@@ -170,7 +170,7 @@ cdef class Block:
     """
 
     def __dealloc__(self):
-        if self.region is not None:
+        if self.region is not None and self.region.blocks is not None:      # the collector may have cleared it first
             self.region.blocks.setdefault(self.room, []).append(self.offset)
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):

@@ -121,6 +121,7 @@ cdef class Queue:
     cdef Mailbox mailbox         # of the owning worker; None: nobody
     cdef MemoryMap _memory       # held while started, so that `queue.memory` lives
     cdef DirtyLog _log
+    cdef uint16_t _begin         # available index when the ring was started
     cdef tuple _addresses        # (desc, avail, used), user addresses, while started
 
     cdef int _change(self, queue_change_t* change) except -1

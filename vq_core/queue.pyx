@@ -220,6 +220,7 @@ cdef class Queue:
         change.wanted.kick_fd = _fd(kick_fd)
         change.wanted.call_fd = _fd(call_fd)
         change.wanted.err_fd = _fd(err_fd)
+        self._begin = change.wanted.ring.last_avail_idx
         self._change(&change)
         self._memory = memory
         self._log = log
@@ -336,6 +337,11 @@ cdef class Queue:
     def broken(self):
         """str or None: why the queue is broken."""
         return BROKEN_CAUSES[self.queue.broken][0] if self.queue.broken else None
+
+    @property
+    def posted(self):
+        """bool: the driver has made something available since the ring was started."""
+        return self.queue.started and vq_load_u16(&self.queue.ring.avail.idx) != self._begin
 
     @property
     def num(self):

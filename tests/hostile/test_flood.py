@@ -311,9 +311,6 @@ def test_failing_connections_do_not_fill_the_log(host: Host, connect: Connect) -
     connect().exchange(b"as before" * 8)
 
 
-@pytest.mark.xfail(
-    reason="the pump's control loop logs each broken ring; it does not go by Backend.warn yet", strict=False
-)
 @pytest.mark.checklist(46)
 def test_a_guest_cannot_fill_the_log(host: Host, guest: Guest) -> None:
     """Line 46: a ring that is broken again and again, at the guest's will; a few lines tell about all of them."""

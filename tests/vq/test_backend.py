@@ -213,3 +213,25 @@ def test_200_connections_leave_nothing_behind(path: str) -> None:
         with open("/proc/self/maps") as lines:
             assert not any("vq-guest-memory" in line for line in lines)
         assert len(changes) >= 402
+
+
+def test_a_guest_that_posts_no_buffer_is_told_of_once(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vq.backend.UNPOSTED_S", 0.05)
+    with serving(path=path) as backend, Guest(path) as _:
+        soon(lambda: not backend.watch())
+        backend.watch()
+        said = [record.getMessage() for record in caplog.records if "posted no buffer" in record.getMessage()]
+        assert len(said) == 1
+        assert "share=on" in said[0]
+
+
+def test_a_guest_that_posts_buffers_is_not_warned_of(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vq.backend.UNPOSTED_S", 0.0)
+    with serving(path=path) as backend, Guest(path) as guest:
+        guest.post(2000, 4)
+        soon(lambda: not backend.watch())
+    assert "posted no buffer" not in caplog.text

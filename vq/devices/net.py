@@ -54,6 +54,7 @@ class NetDevice(Device):
         self.name = name
         self.port = VhostPort(name, pairs, report_fd)
         self.queues = self.port.queues
+        self.posted_queues = self.queues[::2]
         self.offer = Offer(FEATURES, PROTOCOL_FEATURES, queue_count=2 * pairs, queue_num_answer=pairs)
         self._default_mtu = self._mtu = mtu
         self._features = 0
