@@ -122,5 +122,6 @@ cdef int handover_run(Mailbox mailbox, command_run_t run, void* target, void* ar
             if status != 0:
                 status = _withdraw(box, box.posted)
     if status != 0:
-        raise StuckWorkerError(f"a worker has not passed a burst boundary for {PATIENCE_S} s; a program or port blocks it")
+        raise StuckWorkerError(f"a worker has not passed a burst boundary for {PATIENCE_S} s; "
+                               "a program or port blocks it")
     return 0

@@ -62,7 +62,7 @@ cdef void notify_signal(int fd) noexcept nogil:
     cdef iocb request
     cdef iocb* requests = &request
     cdef char ignored
-    cdef int tries
+    cdef int _try
     cdef uint64_t one = 1
     if fd < 0:
         return
@@ -74,7 +74,7 @@ cdef void notify_signal(int fd) noexcept nogil:
         request.aio_nbytes = 1
         request.aio_flags = IOCB_FLAG_RESFD
         request.aio_resfd = fd
-        for tries in range(TRIES):
+        for _try in range(TRIES):
             if c_syscall(SYS_io_submit, _context, <long>1, &requests) == 1:
                 _forget_finished()
                 return

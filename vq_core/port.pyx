@@ -3,6 +3,33 @@ from libc.stdlib cimport calloc, free
 from vq_core.counters cimport counters_snapshot, counters_t
 
 
+# What an endpoint does until its port says otherwise: it has no packets, and room for all.
+
+cdef int _pull_nothing(endpoint_t* endpoint, burst_t* burst, int limit) noexcept nogil:
+    burst.count = 0
+    return 0
+
+
+cdef void _release_nothing(endpoint_t* endpoint, burst_t* burst, int count) noexcept nogil:
+    pass
+
+
+cdef void _flush_nothing(endpoint_t* endpoint) noexcept nogil:
+    pass
+
+
+cdef int _room_for_all(endpoint_t* endpoint) noexcept nogil:
+    return BURST_MAX
+
+
+cdef int _arm_nothing(endpoint_t* endpoint, int what) noexcept nogil:
+    return 0
+
+
+cdef void _attach_nothing(endpoint_t* endpoint, int epoll_fd) noexcept nogil:
+    pass
+
+
 cdef class Port:
     """A port: a name and one endpoint for each queue pair.
 
@@ -40,7 +67,7 @@ cdef class Port:
         return not self.sources
 
     cdef int allocate(self, int count) except -1:
-        """Make `count` zeroed endpoints with counters of their own; for subclasses' constructors."""
+        """Make `count` endpoints with counters of their own, which lack only `push`; for subclasses' constructors."""
         cdef int i
         cdef counters_t* counters
         self.endpoints = <endpoint_t**>calloc(count, sizeof(endpoint_t*))
@@ -56,6 +83,12 @@ cdef class Port:
                 raise MemoryError("endpoints")
             self.endpoints[i].pulled = counters
             self.endpoints[i].pushed = counters + 1
+            self.endpoints[i].pull = _pull_nothing
+            self.endpoints[i].release = _release_nothing
+            self.endpoints[i].flush = _flush_nothing
+            self.endpoints[i].room = _room_for_all
+            self.endpoints[i].arm = _arm_nothing
+            self.endpoints[i].attach = _attach_nothing
         return 0
 
     cdef int adopt(self, int index, object mailbox) except -1:

@@ -4,21 +4,12 @@ from libc.string cimport memset
 from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_load_u16
 from vq_core.counters cimport counters_snapshot
 from vq_core.dirty cimport DirtyLog
+from vq_core.epoll cimport EPOLLIN, epoll_move
 from vq_core.handover cimport handover_run
 from vq_core.memory cimport MemoryMap, memory_user_translate
 from vq_core.notify cimport notify_signal
 from vq_core.virtio cimport (VIRTIO_F_EVENT_IDX, VIRTQ_SIZE_MAX, gpa_t, has_feature, virtio_net_hdr_t, virtq_avail_t,
                              virtq_desc_t, virtq_used_elem_t, virtq_used_t)
-
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        uint64_t u64
-    cdef struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept
-    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
-    uint32_t EPOLLET
 
 # Text and section of each BROKEN_* cause, in their order.
 BROKEN_CAUSES = (
@@ -39,26 +30,18 @@ if (sizeof(virtq_desc_t), sizeof(virtq_used_elem_t), sizeof(virtio_net_hdr_t)) !
     raise ImportError("this compiler lays the structures of the specification out differently")
 
 
-cdef void _watch(int epoll_fd, int operation, int fd) noexcept nogil:
-    cdef epoll_event event
-    if epoll_fd >= 0 and fd >= 0:
-        # Edge-triggered and never read: each kick is one edge, and a closed peer is one as well.
-        event.events = EPOLLIN | EPOLLET
-        event.data.u64 = 0
-        epoll_ctl(epoll_fd, operation, fd, &event)
-
-
 cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
     """Take over what the control thread wants; runs at a burst boundary of the owner."""
     cdef queue_t* wanted = &change.wanted
     cdef uint32_t what = change.what
     if what & (CHANGE_KICK | CHANGE_START | CHANGE_EPOLL):
-        _watch(queue.epoll_fd, EPOLL_CTL_DEL, queue.kick_fd)
+        # Never read: each kick is one edge, and a closed peer is one as well.
+        epoll_move(queue.epoll_fd, -1, queue.kick_fd, EPOLLIN)
         if what & (CHANGE_KICK | CHANGE_START):
             queue.kick_fd = wanted.kick_fd
         if what & CHANGE_EPOLL:
             queue.epoll_fd = wanted.epoll_fd
-        _watch(queue.epoll_fd, EPOLL_CTL_ADD, queue.kick_fd)
+        epoll_move(-1, queue.epoll_fd, queue.kick_fd, EPOLLIN)
     if what & (CHANGE_CALL | CHANGE_START):
         queue.call_fd = wanted.call_fd
     if what & (CHANGE_ERR | CHANGE_START):
@@ -85,7 +68,7 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
     if what & CHANGE_ENABLED:
         queue.enabled = wanted.enabled
     if what & CHANGE_STOP:
-        _watch(queue.epoll_fd, EPOLL_CTL_DEL, queue.kick_fd)
+        epoll_move(queue.epoll_fd, -1, queue.kick_fd, EPOLLIN)
         queue.started = False
         queue.kick_fd = queue.call_fd = -1
         queue.memory = NULL

@@ -2,27 +2,15 @@
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
 from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
 from vq_core.counters cimport DROP_NO_DESCRIPTORS
+from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
 from vq_core.offload cimport Offload, offload_push
 from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_CSUM, Port, burst_t, endpoint_t, packet_t
 from vq_core.switch cimport SwitchLane, switch_forward, switch_now_s
 
 import os
-
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        uint64_t u64
-    cdef struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int flags) noexcept
-    int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept
-    int epoll_wait(int epfd, epoll_event* events, int max, int timeout) noexcept
-    int EPOLL_CTL_ADD, EPOLLIN, EPOLL_CLOEXEC
-    uint32_t EPOLLET
 
 cdef enum:
     IDLE_ROUNDS = 64             # empty rounds before the clock decides about sleeping
@@ -331,7 +319,6 @@ cdef class Worker:
     """
 
     def __cinit__(self, cpu=None, poll="adaptive"):
-        cdef epoll_event event
         if poll not in ("adaptive", "busy"):
             raise ValueError(f"poll is {poll!r}; adaptive and busy are possible")
         self.worker = <worker_t*>calloc(1, sizeof(worker_t))
@@ -346,10 +333,7 @@ cdef class Worker:
         self.worker.offload = &self._offload.work
         self.worker.busy = poll == "busy"
         self.worker.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-        memset(&event, 0, sizeof(event))
-        event.events = EPOLLIN | EPOLLET
-        if self.worker.epoll_fd < 0 or epoll_ctl(self.worker.epoll_fd, EPOLL_CTL_ADD,
-                                                 self.mailbox.box.event_fd, &event):
+        if self.worker.epoll_fd < 0 or epoll_move(-1, self.worker.epoll_fd, self.mailbox.box.event_fd, EPOLLIN):
             PyErr_SetFromErrno(OSError)
         self.mailbox.box.epoll_fd = self.worker.epoll_fd
 

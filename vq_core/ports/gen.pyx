@@ -2,37 +2,15 @@
 
 The packets lie in 16 slots that are never written again, so that they stay in the first-level cache.
 """
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
+from vq_core.clock cimport CLOCK_MONOTONIC, SECOND_NS, clock_now, clock_timer, clock_wake_at
+from vq_core.epoll cimport EPOLLIN, epoll_move
 from vq_core.port cimport ARM_PULL, BURST_MAX, OFFLOAD_ALL, Port, burst_t, endpoint_t, packet_t
 
 import struct
-
-cdef extern from "<time.h>" nogil:
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    cdef struct itimerspec:
-        timespec it_interval
-        timespec it_value
-    int c_clock_gettime "clock_gettime"(int clock, timespec* now) noexcept
-    int CLOCK_MONOTONIC
-
-cdef extern from "<sys/timerfd.h>" nogil:
-    int timerfd_create(int clock, int flags) noexcept
-    int timerfd_settime(int fd, int flags, const itimerspec* new, itimerspec* old) noexcept
-    int TFD_NONBLOCK, TFD_CLOEXEC
-
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        uint64_t u64
-    cdef struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept
-    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
-    uint32_t EPOLLET
 
 cdef extern from "<unistd.h>" nogil:
     int c_close "close"(int fd) noexcept
@@ -55,20 +33,14 @@ cdef struct gen_t:
     int epoll_fd
 
 
-cdef inline uint64_t _now_ns() noexcept nogil:
-    cdef timespec now
-    c_clock_gettime(CLOCK_MONOTONIC, &now)
-    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
-
-
 cdef int _due(gen_t* gen, int limit) noexcept nogil:
     """How many packets the rate allows now; a target that was slow is not flooded afterwards."""
-    cdef uint64_t now = _now_ns(), elapsed, allowed
+    cdef uint64_t now = <uint64_t>clock_now(CLOCK_MONOTONIC), second = SECOND_NS, elapsed, allowed
     if gen.started_ns == 0:
         gen.started_ns = now
         gen.sent = 0
     elapsed = now - gen.started_ns
-    allowed = elapsed // 1000000000 * gen.rate + elapsed % 1000000000 * gen.rate // 1000000000 + 1
+    allowed = elapsed // second * gen.rate + elapsed % second * gen.rate // second + 1
     if allowed > gen.sent + 4 * BURST_MAX + gen.rate // 100:
         gen.started_ns = now                  # more than 10 ms behind: start counting anew
         gen.sent = 0
@@ -109,46 +81,20 @@ cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogi
     return count
 
 
-cdef void _release(endpoint_t* endpoint, burst_t* burst, int count) noexcept nogil:
-    pass
-
-
-cdef void _flush(endpoint_t* endpoint) noexcept nogil:
-    pass
-
-
-cdef int _room(endpoint_t* endpoint) noexcept nogil:
-    return BURST_MAX
-
-
 cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
     cdef gen_t* gen = <gen_t*>endpoint.port
-    cdef itimerspec when
-    cdef uint64_t wait_ns
     if not what & ARM_PULL or gen.left == 0:
         return 0
     if gen.rate == 0 or _due(gen, 1):
         return 1
-    wait_ns = max(<uint64_t>1, min(<uint64_t>1000000000, 1000000000 // gen.rate))
-    memset(&when, 0, sizeof(when))
-    when.it_value.tv_sec = wait_ns // 1000000000
-    when.it_value.tv_nsec = wait_ns % 1000000000
-    timerfd_settime(gen.timer_fd, 0, &when, NULL)
+    clock_wake_at(gen.timer_fd, clock_now(CLOCK_MONOTONIC) + <int64_t>(SECOND_NS // gen.rate) + 1)
     return 0
 
 
 cdef void _attach(endpoint_t* endpoint, int epoll_fd) noexcept nogil:
     cdef gen_t* gen = <gen_t*>endpoint.port
-    cdef epoll_event event
-    if gen.timer_fd < 0:
-        return
-    if gen.epoll_fd >= 0:
-        epoll_ctl(gen.epoll_fd, EPOLL_CTL_DEL, gen.timer_fd, NULL)
+    epoll_move(gen.epoll_fd, epoll_fd, gen.timer_fd, EPOLLIN)
     gen.epoll_fd = epoll_fd
-    if epoll_fd >= 0:
-        event.events = EPOLLIN | EPOLLET
-        event.data.u64 = 0
-        epoll_ctl(epoll_fd, EPOLL_CTL_ADD, gen.timer_fd, &event)
 
 
 def frame(int size):
@@ -215,18 +161,15 @@ cdef class GenPort(Port):
             for k in range(SLOTS):
                 memcpy(gen.slots + k * gen.slot_bytes, <char*>packet, size)
             if gen.rate:
-                gen.timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
+                gen.timer_fd = clock_timer()
                 if gen.timer_fd < 0:
-                    raise OSError("timerfd_create failed")
+                    PyErr_SetFromErrno(OSError)
             endpoint = self.endpoints[i]
             endpoint.port = gen
             endpoint.accepts = OFFLOAD_ALL
             endpoint.holds = True
             endpoint.pull = _pull
             endpoint.push = _push
-            endpoint.release = _release
-            endpoint.flush = _flush
-            endpoint.room = _room
             endpoint.arm = _arm
             endpoint.attach = _attach
 

@@ -7,7 +7,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from vq_core.arch cimport vq_copy
-from vq_core.port cimport BURST_MAX, OFFLOAD_ALL, PACKET_MAX, Port, burst_t, endpoint_t, packet_t
+from vq_core.port cimport OFFLOAD_ALL, PACKET_MAX, Port, endpoint_t, packet_t
 
 cdef enum:
     SLOTS = 16
@@ -16,11 +16,6 @@ cdef enum:
 cdef struct null_t:
     uint32_t next
     uint8_t* slots               # SLOTS of SLOT_BYTES, and PACKET_MAX for longer packets; NULL: nothing is copied
-
-
-cdef int _pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept nogil:
-    burst.count = 0
-    return 0
 
 
 cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogil:
@@ -45,26 +40,6 @@ cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogi
     endpoint.pushed.packets += count
     endpoint.pushed.bytes += total
     return count
-
-
-cdef void _release(endpoint_t* endpoint, burst_t* burst, int count) noexcept nogil:
-    pass
-
-
-cdef void _flush(endpoint_t* endpoint) noexcept nogil:
-    pass
-
-
-cdef int _room(endpoint_t* endpoint) noexcept nogil:
-    return BURST_MAX
-
-
-cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
-    return 0
-
-
-cdef void _attach(endpoint_t* endpoint, int epoll_fd) noexcept nogil:
-    pass
 
 
 cdef class NullPort(Port):
@@ -102,13 +77,7 @@ cdef class NullPort(Port):
             endpoint.port = &self.state[i]
             endpoint.accepts = OFFLOAD_ALL
             endpoint.holds = True
-            endpoint.pull = _pull
             endpoint.push = _push
-            endpoint.release = _release
-            endpoint.flush = _flush
-            endpoint.room = _room
-            endpoint.arm = _arm
-            endpoint.attach = _attach
 
     @property
     def sources(self):

@@ -4,18 +4,9 @@ from libc.string cimport memset
 from vq_core.arch cimport vq_load_u32, vq_snapshot_u32, vq_store_release_u32, vq_store_u64
 from vq_core.clock cimport CLOCK_MONOTONIC, SECOND_NS, clock_now, clock_wake_at
 from vq_core.counters cimport DROP_NO_TARGET, DROP_TOO_LONG, DROP_TOO_SHORT
+from vq_core.epoll cimport EPOLLIN, epoll_move
 from vq_core.port cimport ARM_PULL, BURST_MAX, OFFLOAD_ALL, PACKET_MAX, burst_t, endpoint_t, packet_t
 from vq_core.ports.pcap_writer cimport PCAP_RECORD_BYTES, PCAP_SNAPLEN_MAX
-
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        uint64_t u64
-    cdef struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept
-    int EPOLL_CTL_ADD, EPOLL_CTL_DEL
-    uint32_t EPOLLIN, EPOLLET
 
 cdef enum:
     ETHERNET_BYTES = 14
@@ -188,13 +179,7 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
 
 cdef void _attach(endpoint_t* endpoint, int epoll_fd) noexcept nogil:
     cdef pcap_replay_t* replay = <pcap_replay_t*>endpoint.port
-    cdef epoll_event event
-    event.events = EPOLLIN | EPOLLET
-    event.data.u64 = 0
-    if replay.epoll_fd >= 0:
-        epoll_ctl(replay.epoll_fd, EPOLL_CTL_DEL, replay.timer_fd, &event)
-    if epoll_fd >= 0:
-        epoll_ctl(epoll_fd, EPOLL_CTL_ADD, replay.timer_fd, &event)
+    epoll_move(replay.epoll_fd, epoll_fd, replay.timer_fd, EPOLLIN)
     replay.epoll_fd = epoll_fd
 
 

@@ -5,6 +5,7 @@ from libc.string cimport memcpy, memmove
 from vq_core.arch cimport vq_copy, vq_store_release_u32
 from vq_core.clock cimport CLOCK_MONOTONIC, CLOCK_REALTIME, SECOND_NS, clock_now, clock_wake_at
 from vq_core.counters cimport DROP_IO_ERROR, DROP_TOO_LONG, DROP_TOO_SHORT
+from vq_core.epoll cimport EPOLLIN, EPOLLOUT, epoll_move
 from vq_core.port cimport ARM_PUSH, BURST_MAX, PACKET_MAX, burst_t, endpoint_t, packet_t
 
 cdef extern from "<unistd.h>" nogil:
@@ -20,16 +21,6 @@ cdef extern from "<poll.h>" nogil:
         short revents
     int c_poll "poll"(pollfd* fds, unsigned long count, int timeout_ms) noexcept
     short POLLOUT
-
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        uint64_t u64
-    cdef struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept
-    int EPOLL_CTL_ADD, EPOLL_CTL_DEL
-    uint32_t EPOLLIN, EPOLLOUT, EPOLLET
 
 cdef struct record_header_t:     # PCAP_RECORD_BYTES
     uint32_t seconds
@@ -202,17 +193,10 @@ cdef void _release(endpoint_t* endpoint, burst_t* burst, int count) noexcept nog
 
 cdef void _attach(endpoint_t* endpoint, int epoll_fd) noexcept nogil:
     cdef pcap_writer_t* writer = <pcap_writer_t*>endpoint.port
-    cdef epoll_event event
-    event.events = EPOLLIN | EPOLLOUT | EPOLLET
-    event.data.u64 = 0
-    # A regular file cannot be watched: the call fails, and there is nothing to wait for.
-    if writer.epoll_fd >= 0:
-        epoll_ctl(writer.epoll_fd, EPOLL_CTL_DEL, writer.timer_fd, &event)
-        epoll_ctl(writer.epoll_fd, EPOLL_CTL_DEL, writer.fd, &event)
-    if epoll_fd >= 0:
-        epoll_ctl(epoll_fd, EPOLL_CTL_ADD, writer.timer_fd, &event)
-        epoll_ctl(epoll_fd, EPOLL_CTL_ADD, writer.fd, &event)
-    elif writer.fill > 0:
+    # A regular file cannot be watched: there is nothing to wait for.
+    epoll_move(writer.epoll_fd, epoll_fd, writer.timer_fd, EPOLLIN)
+    epoll_move(writer.epoll_fd, epoll_fd, writer.fd, EPOLLOUT)
+    if epoll_fd < 0 and writer.fill > 0:
         _write_out(endpoint)     # nobody flushes any more
     writer.epoll_fd = epoll_fd
 

@@ -5,6 +5,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 from vq_core.arch cimport vq_load_u32, vq_load_u64, vq_store_release_u32, vq_store_u64
 from vq_core.counters cimport DROP_IO_ERROR, DROP_TOO_LONG, DROP_TOO_SHORT
+from vq_core.epoll cimport EPOLLIN, EPOLLOUT, epoll_move
 from vq_core.net cimport net_header_check
 from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_ALL, OFFLOAD_CSUM, OFFLOAD_ECN, OFFLOAD_TSO4,
                            OFFLOAD_TSO6, OFFLOAD_UFO, OFFLOAD_USO4, OFFLOAD_USO6, PACKET_MAX, burst_t, endpoint_t,
@@ -26,16 +27,6 @@ cdef extern from "<poll.h>" nogil:
         short revents
     int c_poll "poll"(pollfd* fds, unsigned long count, int timeout_ms) noexcept
     short POLLIN, POLLOUT, POLLERR, POLLHUP, POLLNVAL
-
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        uint64_t u64
-    cdef struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept
-    int EPOLL_CTL_ADD, EPOLL_CTL_DEL
-    uint32_t EPOLLIN, EPOLLOUT, EPOLLET
 
 cdef extern from "<net/if.h>":
     int IFNAMSIZ
@@ -243,16 +234,9 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
 
 cdef void _attach(endpoint_t* endpoint, int epoll_fd) noexcept nogil:
     cdef tap_queue_t* queue = <tap_queue_t*>endpoint.port
-    cdef epoll_event event
-    if queue.fd < 0:
-        return
-    event.events = EPOLLIN | EPOLLOUT | EPOLLET
-    event.data.u64 = 0
-    if queue.epoll_fd >= 0:
-        epoll_ctl(queue.epoll_fd, EPOLL_CTL_DEL, queue.fd, &event)
-    if epoll_fd >= 0:
-        epoll_ctl(epoll_fd, EPOLL_CTL_ADD, queue.fd, &event)
-    queue.epoll_fd = epoll_fd
+    if queue.fd >= 0:
+        epoll_move(queue.epoll_fd, epoll_fd, queue.fd, EPOLLIN | EPOLLOUT)
+        queue.epoll_fd = epoll_fd
 
 
 # ---- control side ----
