@@ -1,6 +1,6 @@
 # make demo   the main job without a virtual machine and without root, every packet verified
 # make test   all tests; as root it first installs the peers that they drive (QEMU, DPDK, a guest kernel)
-# make build  virtual environment and compiled package only
+# make build  virtual environment, compiled package and what the tests import
 # make peers  the peers only
 # make lint   ruff, cython-lint, mypy
 # make bench  the benchmarks; keeps each result under .benchmarks/
@@ -19,50 +19,60 @@ SOURCES := $(shell find vq_core -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 .PHONY: demo test build peers lint bench clean
 .DELETE_ON_ERROR:
 
-build: $(VENV)/built
+build: $(VENV)/tested
 	@:
 
-demo: build
-	$(BIN)/vq demo $(DEMO)
+demo: $(VENV)/built
+	@$(BIN)/vq demo $(DEMO)
 
 test: build
 	@if [ "$$(id -u)" = 0 ]; then scripts/setup-peers.sh; \
 	else echo "not root: tests that need the peers are skipped; sudo make peers brings them"; fi
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
 
 peers:
-	scripts/setup-peers.sh
+	@scripts/setup-peers.sh
 
 lint: build
-	$(BIN)/ruff check .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint vq_core
-	$(BIN)/mypy
+	@$(BIN)/ruff check .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint vq_core
+	@$(BIN)/mypy
 
 bench: build
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]'
-	$(BIN)/python -m pytest benchmarks/bench_way.py --benchmark-autosave $(TESTS)
+	@$(call EXTRA,bench)
+	@$(BIN)/python -m pytest benchmarks/bench_way.py --benchmark-autosave $(TESTS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find vq_core -name '*.so' -delete
-	find . -name __pycache__ -prune -exec rm -rf {} +
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find vq_core -name '*.so' -delete
+	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/made: scripts/setup-venv.sh
-	scripts/setup-venv.sh $(VENV)
-	touch $@
+	@scripts/setup-venv.sh $(VENV)
+	@touch $@
 
 # First the dependencies and the checkout itself in editable form; from then on only what has changed is compiled.
 $(VENV)/built: $(VENV)/made pyproject.toml setup.py $(SOURCES)
 	$(if $(filter-out $(SOURCES),$?),$(INSTALL),$(COMPILE))
 	@touch $@
 
+# What the tests import besides; compiles nothing.
+$(VENV)/tested: $(VENV)/built pyproject.toml
+	$(if $(filter-out $(VENV)/built,$?)$(if $(wildcard $@),,new),@$(call EXTRA,test))
+	@touch $@
+
+PROJECT := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))
+
 define INSTALL
-$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
-    > $(VENV)/build-requirements.txt
-$(BIN)/python -m pip install --quiet --requirement $(VENV)/build-requirements.txt
-@echo "compiling; a minute or two"
-$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+@$(BIN)/python -c '$(PROJECT); print(*project["build-system"]["requires"], sep="\n")' > $(VENV)/build-requirements.txt
+@$(BIN)/python -m pip install --quiet --requirement $(VENV)/build-requirements.txt
+@echo "compiling the engine: one to three minutes, only this first time"
+@$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 endef
 
+# An optional part of the project's requirements, by its name.
+EXTRA = $(BIN)/python -c '$(PROJECT); print(*project["project"]["optional-dependencies"]["$1"], sep="\n")' \
+    > $(VENV)/$1-requirements.txt && $(BIN)/python -m pip install --quiet --requirement $(VENV)/$1-requirements.txt
+
 # setuptools calls the table that asks for parallel compilation experimental, each time.
-COMPILE = $(BIN)/python -W ignore setup.py --quiet build_ext --inplace
+COMPILE = @$(BIN)/python -W ignore setup.py --quiet build_ext --inplace

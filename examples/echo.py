@@ -16,12 +16,18 @@ def report(now: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
+    try:
+        seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
+    except ValueError:
+        raise SystemExit("usage: python examples/echo.py [SECONDS [SOCKET]]") from None
     with tempfile.TemporaryDirectory() as folder:
         path = sys.argv[2] if len(sys.argv) > 2 else str(Path(folder, "echo.sock"))
-        with vq.Pump([f"vhost:{path}"]) as pump:
-            print(f"connect a guest to {path}")
-            pump.run(duration=seconds, interval=1.0, on_interval=report)
+        try:
+            with vq.Pump([f"vhost:{path}"]) as pump:
+                print(f"connect a guest to {path}")
+                pump.run(duration=seconds, interval=1.0, on_interval=report)
+        except (vq.VqError, OSError) as error:
+            raise SystemExit(f"echo.py: {error}") from None
 
 
 if __name__ == "__main__":

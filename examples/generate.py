@@ -9,7 +9,10 @@ from vq.stats import flows
 
 
 def main() -> None:
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
+    try:
+        seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
+    except ValueError:
+        raise SystemExit("usage: python examples/generate.py [SECONDS]") from None
     for size in (64, 512, 1518):
         with vq.Pump([f"gen:size={size}", "null:copy"], poll="busy") as pump:
             final = pump.run(duration=seconds)

@@ -13,6 +13,8 @@ __all__ = ["KINDS", "Kind", "Option", "Value"]
 
 Value = int | float | bool | str
 
+UNLIMITED: Final = 2**31 - 1  # who reaches it wants no end, and need not be told the number
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -44,15 +46,19 @@ class Option:
 
     @property
     def usage(self) -> str:
-        """How it is written, range included: ``queues=1..128``, ``client``."""
+        """How it is written, range included unless that has no end: ``queues=1..128``, ``count=N``, ``client``."""
         if self.form == "flag":
             return self.key
         if self.form == "choice":
             return f"{self.key}={'|'.join(self.choices)}"
+        if self.high >= UNLIMITED:
+            return f"{self.key}=N"
         return f"{self.key}={self._show(self.low)}..{self._show(self.high)}"
 
     def _show(self, value: float) -> str:
-        return f"{int(value):04o}" if self.form == "octal" else f"{value:g}" if self.form == "real" else str(int(value))
+        if self.form == "real":
+            return f"{value:.15g}"
+        return f"{int(value):04o}" if self.form == "octal" else str(int(value))
 
     @property
     def shown_default(self) -> str:
@@ -162,13 +168,17 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
                 "FILE",
                 "a capture file: replayed, or written",
                 (
-                    Option("write", "flag", "write what comes to the port into FILE, instead of replaying it"),
+                    Option(
+                        "write",
+                        "flag",
+                        "write what comes to the port into FILE, not replay it; an existing FILE is overwritten",
+                    ),
                     Option("speed", "real", "times the recorded speed; 0: as fast as the target takes it", 0, 1e6, 1.0),
                     Option("loop", "integer", "how often the file is replayed; 0: endless", 0, 2**31 - 1, 1),
                     Option("snaplen", "integer", "bytes kept of a packet that is written", 64, 262144, 262144),
                 ),
             ),
-            Kind("echo", "", "beside one other port: sends back what comes from it, as that port alone does"),
+            Kind("echo", "", "reflects the other port; vq pump X echo: is the same as vq pump X"),
         )
     }
 )

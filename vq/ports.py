@@ -91,6 +91,27 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def _meant(kind: Kind, word: str, key: str) -> str:
+    """What someone who wrote an unknown option may have meant: a bare number, a comma in a path, a slip."""
+    if word.isascii() and word.isdigit() and len(word) < 20:
+        number = next((o for o in kind.options if o.form == "integer" and o.low <= int(word) <= o.high), None)
+        return f"; did you mean {number.key}={word}?" if number else ""
+    if kind.target in ("PATH", "FILE") and ("/" in key or "." in key):
+        return f"; a {kind.target} cannot hold a comma"
+    return _nearest(key, [option.key for option in kind.options])
+
+
+def _place(spec: PortSpec) -> tuple[object, ...]:
+    """What two ports cannot share: an interface, or a file, which may have several names."""
+    if spec.kind == "tap":
+        return ("interface", spec.target)
+    try:
+        status = os.stat(spec.target)
+    except OSError:  # not there yet, or opening it will say what is wrong
+        return ("file", os.path.realpath(spec.target))
+    return ("file", status.st_dev, status.st_ino)
+
+
 def _kind(text: str, name: str, colon: str) -> Kind:
     if not colon and name in KINDS:
         raise UsageError(f"PORT {text!r}: the colon is missing; write {KINDS[name].usage}")
@@ -128,9 +149,11 @@ def _options(kind: Kind, words: Sequence[str], where: str) -> dict[str, Value]:
     for word in words:
         key, equals, value = word.partition("=")
         option = kind.option(key)
+        if not word:
+            raise UsageError(f"{where}: an option is empty; leave out the comma before or after it")
         if option is None:
             keys = ", ".join(option.usage for option in kind.options) or "none"
-            near = _nearest(key, [option.key for option in kind.options])
+            near = _meant(kind, word, key)
             raise UsageError(f"{where}: unknown option {word!r}; {kind.name}: takes {keys}{near}")
         if key in found:
             raise UsageError(f"{where}: {key} is given twice; leave one out")
@@ -192,7 +215,7 @@ def parse_ports(ports: Sequence[str | PortSpec]) -> tuple[PortSpec, ...]:
     if not ports:
         raise UsageError("a pump needs at least one PORT, such as vhost:/run/vq/a.sock; see vq pump --help")
     specs = [parse_port(port) if isinstance(port, str) else port for port in ports]
-    seen: dict[tuple[str, str], PortSpec] = {}
+    seen: dict[tuple[object, ...], PortSpec] = {}
     counts: dict[str, int] = {}
     named = []
     for spec in specs:
@@ -201,14 +224,14 @@ def parse_ports(ports: Sequence[str | PortSpec]) -> tuple[PortSpec, ...]:
             number = counts[spec.kind]
             named.append(replace(spec, name=spec.kind if number == 1 else f"{spec.kind}-{number}"))
             continue
-        place = spec.target if spec.kind == "tap" else os.path.realpath(spec.target)
-        space = "interface" if spec.kind == "tap" else "file"
-        other = seen.setdefault((space, place), spec)
+        place = _place(spec)
+        other = seen.setdefault(place, spec)
         # Two replays of one file do not disturb each other.
         if other is not spec and not (
             spec.kind == other.kind == "pcap" and not spec.flag("write") and not other.flag("write")
         ):
-            raise UsageError(f"PORT {str(spec)!r}: the same {space} as {str(other)!r}; each port needs one of its own")
+            what = f"the same {place[0]} as {str(other)!r}"
+            raise UsageError(f"PORT {str(spec)!r}: {what}; each port needs one of its own")
         twins = sum(1 for earlier in named if earlier.target == spec.target and earlier.kind == spec.kind)
         named.append(replace(spec, name=f"{spec.kind}:{spec.target}" + (f"-{twins + 1}" if twins else "")))
     return tuple(named)

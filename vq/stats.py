@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Flow", "Load", "encode", "flows", "loads", "plain_lines"]
+__all__ = ["Flow", "Load", "encode", "flows", "loads"]
 
 Snapshot = Mapping[str, Any]
 
@@ -134,20 +134,6 @@ def queue_words(port: Mapping[str, Any]) -> list[str]:
         elif not queue.get("enabled", True):
             words.append(f"{queue['name']} disabled")
     return words
-
-
-def plain_lines(before: Snapshot | None, now: Snapshot) -> list[str]:
-    """One line for each direction, for a log file: no colours, no cursor movement."""
-    lines = []
-    for flow in flows(before, now):
-        line = (
-            f"{now['uptime']:.1f}s {flow.port} {flow.state} {flow.direction} {flow.packet_rate / 1e6:.3f} Mpps"
-            f" {flow.bit_rate / 1e9:.3f} Gbit/s {flow.packets} packets"
-        )
-        lines.append(line + (f", dropped: {flow.drops}" if flow.dropped else ""))
-    for name, port in now["ports"].items():
-        lines += [f"{now['uptime']:.1f}s {name} {words}" for words in queue_words(port)]
-    return lines
 
 
 def encode(record: Mapping[str, Any], *, final: bool = False) -> bytes:

@@ -59,6 +59,13 @@ def test_qemu_takes_the_role_that_the_port_leaves() -> None:
     assert "path=/run/a.sock,server=on,wait=off" in connects
 
 
+def test_qemu_is_told_of_the_pairs_that_were_asked_for() -> None:
+    several = qemu_options(parse_port("vhost:/run/a.sock,queues=4"))
+    assert "chardev=vq0,queues=4 " in several
+    assert several.endswith("netdev=vqnet0,mq=on,vectors=10")
+    assert "mq=on" not in qemu_options(parse_port("vhost:/run/a.sock"))
+
+
 def test_the_description_names_every_port() -> None:
     lines = describe(parse_ports(["vhost:/run/a.sock,queues=1", "vhost:/run/b.sock,client", "tap:vq0"]))
     assert lines[0] == "vhost:/run/a.sock: listens on /run/a.sock, up to 1 queue pair"

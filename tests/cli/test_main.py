@@ -44,6 +44,60 @@ def test_help_of_pump_names_every_kind_and_option() -> None:
         assert option in done.stdout
 
 
+@pytest.mark.parametrize("columns", [60, 90])
+def test_help_of_pump_hangs_its_wrapped_lines(columns: int) -> None:
+    environment = os.environ | {"COLUMNS": str(columns), "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "vq", "pump", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment).stdout
+    lines = text[text.index("PORT is KIND") :].splitlines()[2:]
+    starts = tuple(kind.usage for kind in KINDS.values())
+    assert all(line.startswith((*starts, "    ")) for line in lines if line.strip()), text
+    assert max(map(len, lines)) <= columns
+    for part in ("count=N", "speed=0..1000000:", "an existing FILE is", "is the same as vq pump X"):
+        assert part in " ".join(text.split())
+
+
+def test_help_of_demo_says_what_it_does() -> None:
+    text = " ".join(call("demo", "--help").stdout.split())
+    assert "Send numbered packets through a vhost-user socket and shared memory, and check every one." in text
+    assert "exit codes 130 and 143" in text
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed: str) -> None:
+    command = f"exec {sys.executable} -m vq pump gen:count=10 null: {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("form", ["--json", "--interval=1"])
+def test_a_full_disk_is_named(form: str) -> None:
+    command = [sys.executable, "-m", "vq", "pump", "gen:count=10", "null:", form]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert done.returncode == 4
+    assert done.stderr == "vq: error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("example", ["ask.py", "echo.py"])
+def test_an_example_without_its_socket_ends_with_one_line(example: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "no" / "a.sock")
+    words = [path] if example == "ask.py" else ["1", path]
+    script = Path(__file__).parents[2] / "examples" / example
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert path in done.stderr
+
+
+@pytest.mark.parametrize(("example", "words"), [("ask.py", []), ("echo.py", ["soon"]), ("generate.py", ["soon"])])
+def test_an_example_called_wrongly_tells_its_usage(example: str, words: list[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / example
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"usage: python examples/{example}")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_the_commands(shell: str, tmp_path: Path) -> None:
     script = tmp_path / "completion"
@@ -67,6 +121,10 @@ def test_completion_knows_the_commands(shell: str, tmp_path: Path) -> None:
         (["pump", "echo:"], "echo:"),
         (["demo", "--layout", "round"], "split"),
         (["demo", "--size", "1"], "size"),
+        (["demo", "foo"], "vq demo takes no argument: foo. See vq demo --help."),
+        (["pump", "null:", "--wrong"], "See vq pump --help."),
+        (["pump", "vhots:/a"], "See vq pump --help."),
+        (["pumpe"], "See vq --help."),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(arguments: list[str], part: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -71,7 +72,10 @@ def test_a_spec_never_changes() -> None:
         ("vhost:a,queue=2", ["unknown option 'queue=2'", "queues=1..128", "client", "did you mean queues?"]),
         ("null:fast", ["unknown option 'fast'", "null: takes copy"]),
         ("echo:size=3", ["unknown option 'size=3'", "echo: takes none"]),
-        ("vhost:a,", ["unknown option ''"]),
+        ("vhost:a,", ["an option is empty", "leave out the comma"]),
+        ("vhost:/tmp/a,b.sock", ["unknown option 'b.sock'", "a PATH cannot hold a comma"]),
+        ("gen:64", ["unknown option '64'", "did you mean size=64?"]),
+        ("gen:" + "9" * 5000, ["unknown option"]),
         ("vhost:a,queues=0", ["queues is 0, out of range", "1 to 128"]),
         ("vhost:a,queues=129", ["queues is 129, out of range"]),
         ("vhost:a,queues=many", ["queues is 'many'", "a whole number from 1 to 128"]),
@@ -131,6 +135,17 @@ def test_names_of_a_pump_are_unique() -> None:
 def test_one_resource_cannot_be_two_ports(texts: tuple[str, str]) -> None:
     with pytest.raises(UsageError, match="each port needs one of its own"):
         parse_ports(texts)
+
+
+def test_one_file_under_two_names_cannot_be_two_ports(tmp_path: Path) -> None:
+    first, second, other = tmp_path / "h1.pcap", tmp_path / "h2.pcap", tmp_path / "h3.pcap"
+    first.write_bytes(b"x")
+    second.hardlink_to(first)
+    other.write_bytes(b"x")
+    with pytest.raises(UsageError, match="the same file as"):
+        parse_ports([f"pcap:{first}", f"pcap:{second},write"])
+    assert len(parse_ports([f"pcap:{first}", f"pcap:{other},write"])) == 2
+    assert len(parse_ports([f"pcap:{first}", f"pcap:{second}"])) == 2
 
 
 def test_an_interface_and_a_file_may_have_one_name() -> None:

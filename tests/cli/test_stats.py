@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from vq.stats import encode, flows, loads, plain_lines, queue_words
+from vq.cli.lines import plain_lines, scaled
+from vq.stats import encode, flows, loads, queue_words
 
 
 def snapshot(uptime: float, packets: int, **more: Any) -> dict[str, Any]:
@@ -74,9 +75,33 @@ def test_queues_that_do_not_run_are_told() -> None:
 
 def test_plain_lines_say_port_state_direction_rate_and_drops() -> None:
     lines = plain_lines(snapshot(1.0, 0), snapshot(2.0, 2_000_000))
-    assert lines[0] == "2.0s vhost:a running from_guest 2.000 Mpps 1.600 Gbit/s 2000000 packets"
+    assert lines[0] == "2.0s vhost:a running from_guest 2 Mpps 1.6 Gbit/s 2000000 packets"
     assert lines[1].endswith("4000000 packets, dropped: mtu 3, disabled 1")
     assert "2.0s vhost:a transmitq0 broken: loop in a chain" in lines
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 pps"), (0.25, "0.2 pps"), (5, "5 pps"), (999.96, "1 kpps"), (1234, "1.2 kpps"), (999_949, "999.9 kpps"),
+     (999_960, "1 Mpps"), (24.4e6, "24.4 Mpps"), (1e9, "1 Gpps"), (3e15, "3000 Tpps")],
+)  # fmt: skip
+def test_rates_have_the_unit_that_fits(value: float, text: str) -> None:
+    assert scaled(value, "pps") == text
+
+
+def test_plain_lines_leave_out_what_never_had_a_packet() -> None:
+    now = snapshot(2.0, 5)
+    now["ports"]["vhost:a"]["from_guest"]["packets"] = 0
+    directions = [line.split()[3] for line in plain_lines(None, now) if " running " in line]
+    assert directions == ["to_guest"]
+    assert sum(" from_guest 0 pps " in line for line in plain_lines(None, now, everything=True)) == 1
+    now["ports"]["vhost:a"]["to_guest"] = {"packets": 0, "bytes": 0, "dropped": {}}
+    assert plain_lines(None, now)[0] == "2.0s vhost:a running, no packet yet"
+
+
+def test_a_direction_that_only_dropped_is_told() -> None:
+    now = snapshot(2.0, 0)
+    assert any("dropped: mtu 3" in line for line in plain_lines(None, now))
 
 
 def test_json_is_one_line_and_marks_the_end() -> None:
@@ -94,8 +119,31 @@ def test_the_table_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
     from vq.cli.tables import pump_view
 
-    Console(width=140).print(pump_view(snapshot(1.0, 0), snapshot(2.0, 2_000_000)))
+    Console(width=100).print(pump_view(snapshot(1.0, 0), snapshot(2.0, 2_000_000), width=100))
     text = capsys.readouterr().out
-    for part in ("vhost:a", "running", "from_guest", "2.000", "1.600", "4,000,000", "mtu 3", "receiveq0 disabled"):
+    for part in (
+        "vhost:a",
+        "running",
+        "from_guest",
+        "2 Mpps",
+        "1.6 Gbit/s",
+        "4,000,000",
+        "mtu 3",
+        "receiveq0 disabled",
+    ):
         assert part in text
     assert "worker 0 on cpu 3: 25% busy" in text
+
+
+def test_a_narrow_terminal_gets_lines_that_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from vq.cli.tables import pump_view
+
+    view = pump_view(snapshot(1.0, 0), snapshot(36.0, 2_000_000), width=60, final=True)
+    Console(width=60).print(view)
+    text = capsys.readouterr().out
+    assert text.startswith("vq pump, 36 s in all\n")
+    assert "2.0s" not in text
+    for part in ("vhost:a running from_guest", "kpps", "worker 0 on cpu 3"):
+        assert part in text

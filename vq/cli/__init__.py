@@ -3,11 +3,15 @@
 =====  ==========================================================================
 code   meaning
 =====  ==========================================================================
-0      done; also when SIGINT or SIGTERM ended a pump
+0      done; also when SIGINT, SIGTERM or SIGHUP ended a pump
 1      a verification failed: the demo lost, doubled or changed a packet
 2      usage: a wrong argument
 3      peer: the other end of a socket broke the protocol
 4      resource: the machine refused (path, permission, limit, missing build)
+129    SIGHUP ended the demo, which reports what was verified so far
+130    SIGINT did so; or it came before a command had begun
+143    SIGTERM ended the demo
+141    nobody reads standard output any more (``vq pump ... | head -1``); nothing is said
 =====  ==========================================================================
 """
 
@@ -16,12 +20,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from vq.cli.output import OutputError, check_output, discard_output, open_closed_streams
 from vq.errors import ConnectionClosed, GuestError, PeerError, UsageError, VqError
 
 if TYPE_CHECKING:
-    from cyclopts import App
+    from cyclopts import App, CycloptsError
 
 __all__ = ["main", "make_app"]
 
@@ -31,9 +37,12 @@ USAGE: Final = 2
 PEER: Final = 3
 RESOURCE: Final = 4
 INTERRUPTED: Final = 128 + 2  # what shells expect of a program that SIGINT ended
+COMMANDS: Final = ("pump", "demo")
+UNREAD: Final = 128 + 13  # and SIGPIPE
 
 EPILOGUE = """\
-Exit codes: 0 done, 1 a verification failed, 2 wrong usage, 3 the peer broke the protocol, 4 the machine refused.
+Exit codes: 0 done, 1 a verification failed, 2 wrong usage, 3 the peer broke the protocol, 4 the machine refused,
+130 and 143 SIGINT and SIGTERM ended the demo, 141 nobody reads standard output any more.
 
 "vq COMMAND --help" tells the options of a command; "vq pump --help" also the kinds of PORT.
 """
@@ -44,9 +53,8 @@ def make_app() -> App:
     from cyclopts import App
 
     from vq import __version__
-    from vq.cli.demo import demo
-    from vq.cli.pump import EPILOGUE as PORTS
-    from vq.cli.pump import pump
+    from vq.cli.demo import HELP, demo
+    from vq.cli.pump import epilogue, pump
 
     app = App(
         name="vq",
@@ -55,8 +63,8 @@ def make_app() -> App:
         help_format="plaintext",
         version=__version__,
     )
-    app.command(pump, usage="Usage: vq pump PORT... [OPTIONS]", help_epilogue=PORTS)
-    app.command(demo, usage="Usage: vq demo [OPTIONS]", help_epilogue="")
+    app.command(pump, usage="Usage: vq pump PORT... [OPTIONS]", help_epilogue=epilogue())
+    app.command(demo, usage="Usage: vq demo [OPTIONS]", help=HELP, help_epilogue="")
     app.register_install_completion_command()
     return app
 
@@ -71,11 +79,27 @@ def exit_code(error: Exception) -> int:
 def _explain(error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"{error}; the compiled part is missing: run pip install . (in a checkout: make build)"
-    if isinstance(error, BrokenPipeError):
-        return "standard output: the reader went away"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
+
+
+def _misuse(error: CycloptsError) -> str:
+    """What was wrong with the words of a command line."""
+    from cyclopts.exceptions import UnusedCliTokensError
+
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        command = " ".join(["vq", *(error.command_chain or ())])
+        return f"{command} takes no argument: {' '.join(error.unused_tokens)}"
+    return " ".join(str(error).split())
+
+
+def _see(words: Sequence[str], text: str) -> str:
+    """A message about wrong usage, and the help that tells more; a message that names it already stays as it is."""
+    if "--help" in text:
+        return text
+    command = "vq " + (f"{words[0]} " if words and words[0] in COMMANDS else "")
+    return f"{text}{'' if text.endswith(('.', '?')) else '.'} See {command}--help."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,28 +115,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         Exit code.
     """
+    open_closed_streams()
     from cyclopts import CycloptsError
 
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         result = make_app()(
-            sys.argv[1:] if arguments is None else list(arguments),
+            words,
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
         )
-        sys.stdout.flush()
+        with check_output():
+            sys.stdout.flush()
     except CycloptsError as error:
-        print(f"vq: error: {' '.join(str(error).split())} See vq --help.", file=sys.stderr)
+        print(f"vq: error: {_see(words, _misuse(error))}", file=sys.stderr)
         return USAGE
+    except OutputError as error:
+        discard_output()
+        if isinstance(error.__cause__, BrokenPipeError):
+            return UNREAD
+        with suppress(OSError):
+            print(f"vq: error: standard output: {error}", file=sys.stderr)
+        return RESOURCE
     except KeyboardInterrupt:
         return INTERRUPTED
     except (VqError, OSError, ImportError) as error:
         if isinstance(error, ImportError) and not (error.name or "").startswith("vq_core"):
             raise
-        print(f"vq: error: {_explain(error)}", file=sys.stderr)
-        if isinstance(error, BrokenPipeError):
-            # The interpreter flushes standard output once more at its end, and would complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        text = _explain(error)
+        print(f"vq: error: {_see(words, text) if isinstance(error, UsageError) else text}", file=sys.stderr)
         return exit_code(error)
     except BaseException as error:
         if type(error).__name__ == "StuckWorkerError":

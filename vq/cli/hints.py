@@ -25,11 +25,14 @@ def qemu_options(spec: PortSpec, number: int = 0) -> str:
     chardev = f"socket,id=vq{number},path={path}"
     # Whoever connects, does so again after the other end went away.
     chardev += ",server=on,wait=off" if spec.flag("client") else ",reconnect-ms=1000"
+    # QEMU gives a device one queue pair, and to each queue an interrupt, only if it is told.
+    pairs = spec.number("queues") if "queues" in spec.options else 1
+    netdev, device = (f",queues={pairs}", f",mq=on,vectors={2 * pairs + 2}") if pairs > 1 else ("", "")
     words = [
         "-object", "memory-backend-memfd,id=vqmem,size=1G,share=on", "-machine", "memory-backend=vqmem", "-m", "1G",
         "-chardev", chardev,
-        "-netdev", f"vhost-user,id=vqnet{number},chardev=vq{number}",
-        "-device", f"virtio-net-pci,netdev=vqnet{number}",
+        "-netdev", f"vhost-user,id=vqnet{number},chardev=vq{number}{netdev}",
+        "-device", f"virtio-net-pci,netdev=vqnet{number}{device}",
     ]  # fmt: skip
     return shlex.join(words)
 

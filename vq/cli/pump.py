@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import textwrap
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,27 +12,29 @@ from cyclopts import Parameter
 from vq.cli import logs
 from vq.cli.arguments import parse_cpus, positive_seconds
 from vq.cli.hints import describe
+from vq.cli.output import check_output
 from vq.cli.report import reports
+from vq.cli.signals import ending_signals
 from vq.port_kinds import KINDS
 from vq.ports import parse_ports
 
 if TYPE_CHECKING:
     from vq.pump import Pump
 
-__all__ = ["EPILOGUE", "pump"]
+__all__ = ["epilogue", "pump"]
 
 
-def _epilogue() -> str:
+def epilogue() -> str:
+    """The kinds of PORT and their options for ``--help``, wrapped for the terminal with hanging indents."""
+    width = max(shutil.get_terminal_size().columns, 40)
     lines = ["PORT is KIND:TARGET[,key=value...]:", ""]
     for kind in KINDS.values():
-        lines.append(f"{kind.usage:<12} {kind.help}")
+        lines += textwrap.wrap(f"{kind.usage:<12} {kind.help}", width, subsequent_indent=" " * 13)
         for option in kind.options:
             default = f" [default: {option.shown_default}]" if option.shown_default else ""
-            lines.append(f"    {option.usage}: {option.help}{default}")
+            text = f"    {option.usage}: {option.help}{default}"
+            lines += textwrap.wrap(text, width, subsequent_indent=" " * 8, break_on_hyphens=False)
     return "\n".join(lines)
-
-
-EPILOGUE = _epilogue()
 
 
 def pump(
@@ -61,10 +62,12 @@ def pump(
     logs.configure(verbose)
     from vq.pump import Pump
 
-    with _signals() as stop, Pump(specs, cpus=cpus, poll=poll) as running:
+    stop = _Stop()
+    with ending_signals(stop), Pump(specs, cpus=cpus, poll=poll) as running:
         stop.attach(running)
         if not json:
-            print("\n".join(describe(specs)), flush=True)
+            with check_output():
+                print("\n".join(describe(specs)), flush=True)
         with reports(json) as report:
             report.final(running.run(duration, interval, report.interval))
     return 0
@@ -86,14 +89,3 @@ class _Stop:
         self._asked = True
         if self._pump is not None:
             self._pump.request_stop()
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vq.stats import encode, plain_lines
+from vq.cli.lines import plain_lines
+from vq.cli.output import check_output, write_json
+from vq.stats import encode
 
 __all__ = ["Report", "reports"]
 
@@ -38,13 +40,13 @@ class Report:
 
 
 def _json(before: Snapshot | None, now: Snapshot, final: bool) -> None:
-    sys.stdout.buffer.write(encode(now, final=final))
-    sys.stdout.buffer.flush()
+    write_json(encode(now, final=final))
 
 
 def _plain(before: Snapshot | None, now: Snapshot, final: bool) -> None:
-    lines = plain_lines(before, now)
-    print("\n".join(["in all:", *lines] if final else lines), flush=True)
+    lines = plain_lines(before, now, everything=final)
+    with check_output():
+        print("\n".join(["in all:", *lines] if final else lines), flush=True)
 
 
 @contextmanager
@@ -60,4 +62,8 @@ def reports(json: bool) -> Iterator[Report]:
         from vq.cli.tables import pump_view
 
         with Live(auto_refresh=False) as live:
-            yield Report(lambda before, now, final: live.update(pump_view(before, now), refresh=True))
+
+            def show(before: Snapshot | None, now: Snapshot, final: bool) -> None:
+                live.update(pump_view(before, now, width=live.console.width, final=final), refresh=True)
+
+            yield Report(show)
