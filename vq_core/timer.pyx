@@ -1,22 +1,8 @@
 """A timer that event loops can wait for (timerfd); CPython has none before 3.13."""
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.string cimport memset
+from vq_core.clock cimport CLOCK_MONOTONIC, SECOND_NS, clock_now, clock_timer, clock_wake_at
 
 import os
-
-cdef extern from "<time.h>" nogil:
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    cdef struct itimerspec:
-        timespec it_interval
-        timespec it_value
-    int CLOCK_MONOTONIC
-
-cdef extern from "<sys/timerfd.h>" nogil:
-    int timerfd_create(int clock, int flags) noexcept
-    int timerfd_settime(int fd, int flags, const itimerspec* new, itimerspec* old) noexcept
-    int TFD_NONBLOCK, TFD_CLOEXEC
 
 
 cdef class Timer:
@@ -25,7 +11,7 @@ cdef class Timer:
     cdef int _fd
 
     def __cinit__(self):
-        self._fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
+        self._fd = clock_timer()
         if self._fd < 0:
             PyErr_SetFromErrno(OSError)
 
@@ -38,13 +24,7 @@ cdef class Timer:
 
     def set(self, double seconds):
         """Expire once in `seconds` (at least a microsecond from now); an earlier setting is forgotten."""
-        cdef itimerspec when
-        memset(&when, 0, sizeof(when))
-        seconds = max(seconds, 1e-6)
-        when.it_value.tv_sec = <long>seconds
-        when.it_value.tv_nsec = <long>((seconds - <long>seconds) * 1e9)
-        if timerfd_settime(self._fd, 0, &when, NULL):
-            PyErr_SetFromErrno(OSError)
+        clock_wake_at(self._fd, clock_now(CLOCK_MONOTONIC) + <long>(max(seconds, 1e-6) * SECOND_NS))
 
     def clear(self):
         """Take note of an expiry: the descriptor is not readable any more."""
