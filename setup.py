@@ -1,5 +1,6 @@
 """Extension modules and compiler directives; everything else stands in pyproject.toml."""
 import os
+import sysconfig
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -18,10 +19,15 @@ DIRECTIVES = {
 FLAGS = ["-O3", "-fno-strict-aliasing", "-fwrapv", "-Wall", "-Wno-unused-function", "-Wno-unreachable-code",
          "-DCYTHON_INLINE=inline __attribute__((always_inline, unused))"]
 
+# What vq_core/compiled.pyx says of itself: those of Python's own build come first on the command line.
+ALL_FLAGS = " ".join([sysconfig.get_config_var("CFLAGS") or "", os.environ.get("CFLAGS", ""), *FLAGS])
+MACROS = {"compiled": [("VQ_BUILD_FLAGS", '"' + " ".join(ALL_FLAGS.split()).replace('"', '\\"') + '"')]}
+
 
 def extension(path: Path) -> Extension:
     return Extension(".".join(path.with_suffix("").parts), [str(path)], include_dirs=["vq_core/include"],
-                     extra_compile_args=FLAGS, depends=[str(p) for p in Path("vq_core/include").glob("*.h")])
+                     define_macros=MACROS.get(path.stem, []), extra_compile_args=FLAGS,
+                     depends=[str(p) for p in Path("vq_core/include").glob("*.h")])
 
 
 setup(ext_modules=cythonize([extension(path) for path in sorted(Path("vq_core").rglob("*.pyx"))],

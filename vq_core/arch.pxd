@@ -12,15 +12,19 @@ cdef extern from "vq_arch.h" nogil:
     void vq_store_u16(void* p, uint16_t v) noexcept
     uint64_t vq_load_u64(const void* p) noexcept
     void vq_store_u64(void* p, uint64_t v) noexcept
+    uint64_t vq_load_acquire_u64(const void* p) noexcept
+    void vq_store_release_u64(void* p, uint64_t v) noexcept
     uint32_t vq_load_acquire_u32(const void* p) noexcept
     uint32_t vq_load_u32(const void* p) noexcept
     void vq_store_release_u32(void* p, uint32_t v) noexcept
     uint32_t vq_exchange_u32(void* p, uint32_t v) noexcept
+    uint8_t vq_load_u8(const void* p) noexcept
     void vq_or_u8(void* p, uint8_t v) noexcept
     void vq_fence() noexcept
     void vq_fence_release() noexcept
     void vq_pause() noexcept
     uint64_t vq_cycles() noexcept
+    uint32_t vq_log2(uint32_t v) noexcept
     void vq_prefetch(const void* p) noexcept
     void vq_prefetch_write(const void* p) noexcept
     void vq_snapshot16(void* to, const void* source) noexcept

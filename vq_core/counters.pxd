@@ -2,7 +2,8 @@
 
 Readers may see a value that is a moment old, never a torn one: fields are 64 bits and aligned.
 """
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
+from vq_core.arch cimport vq_log2
 
 # Why a packet was dropped. Names for people: DROP_NAMES in counters.pyx, in this order.
 cdef enum:
@@ -19,10 +20,24 @@ cdef enum:
     DROP_NO_TARGET = 10          # a switch found no other port for it
     DROP_CAUSES = 11
 
+cdef enum:
+    BURST_BINS = 6               # 1, 2 to 3, 4 to 7, 8 to 15, 16 to 31, 32 packets
+
 cdef struct counters_t:
     uint64_t packets
     uint64_t bytes
+    uint64_t cycles              # of the time stamp counter, in rounds that moved packets this way
+    uint64_t empty_polls         # rounds that found nothing to pull
+    uint64_t bursts[BURST_BINS]  # rounds by how many packets they moved
     uint64_t dropped[DROP_CAUSES]
+
+cdef inline void counters_round(counters_t* counters, uint32_t count, uint64_t cycles) noexcept nogil:
+    """Note a round that moved `count` packets, 1 to BURST_MAX."""
+    counters.cycles += cycles
+    counters.bursts[vq_log2(count)] += 1
 
 # {"packets", "bytes", "dropped": {cause: n}}, only causes that occurred.
 cdef dict counters_snapshot(counters_t* counters)
+
+# {"busy_cycles", "cycles_per_packet", "empty_polls", "bursts": {size: n}}: what the packets cost.
+cdef dict counters_work(counters_t* counters)

@@ -1,10 +1,11 @@
 """What Python sees of driver.pyx."""
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal
 
 from numpy.typing import NDArray
+
+from vq_core.guest_memory import Block, GuestMemory
 
 DRIVER_ERRORS: tuple[str | None, ...]
 
@@ -12,54 +13,6 @@ class BrokenRingError(RuntimeError):
     cause: int
     value: int
     def __init__(self, cause: int, value: int, num: int) -> None: ...
-
-class Region:
-    guest_addr: int
-    user_addr: int
-    size: int
-    mmap_offset: int
-    fd: int
-    def __init__(
-        self, size: int, guest_addr: int, user_addr: int, *, mmap_offset: int = 0, hugepages: bool = False
-    ) -> None: ...
-    def close(self) -> None: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-
-class Block:
-    guest_addr: int
-    size: int
-    @property
-    def user_addr(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-
-class GuestMemory:
-    def __init__(
-        self,
-        size: int,
-        *,
-        guest_addr: int = 0x4000_0000,
-        user_addr: int = 0x7E12_0000_0000,
-        mmap_offset: int = 0,
-        hugepages: bool = False,
-    ) -> None: ...
-    def add_region(
-        self,
-        size: int,
-        *,
-        guest_addr: int | None = None,
-        user_addr: int | None = None,
-        mmap_offset: int = 0,
-        hugepages: bool = False,
-    ) -> Region: ...
-    @property
-    def regions(self) -> list[tuple[int, int, int, int, int]]: ...
-    def alloc(self, size: int, align: int = 64) -> Block: ...
-    def view(self, guest_addr: int, length: int) -> memoryview: ...
-    def close(self) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 class Buffer:
     id: int
@@ -71,9 +24,11 @@ class DriverQueue:
     memory: GuestMemory
     features: int
     busy: bool
-    def __init__(self, memory: GuestMemory, size: int, *, features: int = 0x1_0000_0000, base: int = 0) -> None: ...
+    def __init__(
+        self, memory: GuestMemory, size: int, *, features: int = 0x1_0000_0000, base: int | None = None
+    ) -> None: ...
     def close(self) -> None: ...
-    def reset(self, base: int = 0) -> None: ...
+    def reset(self, base: int | None = None) -> None: ...
     def add(
         self,
         readable: Sequence[bytes | bytearray | memoryview | Block | tuple[int, int]] = (),
@@ -87,6 +42,8 @@ class DriverQueue:
     def arm(self) -> bool: ...
     def disarm(self) -> None: ...
     def wait(self, timeout: float) -> bool: ...
+    @property
+    def layout(self) -> Literal["split", "packed"]: ...
     @property
     def size(self) -> int: ...
     @property
@@ -119,3 +76,7 @@ class DriverQueue:
     def used_head(self) -> NDArray[Any]: ...
     @property
     def avail_event(self) -> NDArray[Any]: ...
+    @property
+    def driver_event(self) -> NDArray[Any]: ...
+    @property
+    def device_event(self) -> NDArray[Any]: ...

@@ -1,27 +1,15 @@
-"""Guest memory as its owner sees it, and the cold side of driver-side virtqueues."""
-from cpython.buffer cimport PyBuffer_FillInfo
-from cpython.exc cimport PyErr_SetFromErrno
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+"""A driver-side virtqueue in Python's hands."""
+from libc.stdint cimport uint16_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
-from vq_core.virtio cimport VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTQ_SIZE_MAX, has_feature
+from vq_core.driver_packed cimport DRIVER_WRAP_COUNTER, driver_packed_reset, driver_packed_used_position
+from vq_core.driver_split cimport driver_split_reset
+from vq_core.virtio cimport (VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTQ_SIZE_MAX, has_feature,
+                             virtq_avail_t, virtq_packed_desc_t, virtq_packed_event_t, virtq_used_t)
 
-import fcntl
 import os
 import select
-
-cdef extern from "<sys/mman.h>" nogil:
-    void* c_mmap "mmap"(void* addr, size_t length, int prot, int flags, int fd, long offset) noexcept
-    int c_munmap "munmap"(void* addr, size_t length) noexcept
-    int PROT_READ, PROT_WRITE, MAP_SHARED
-    void* MAP_FAILED
-
-cdef enum:
-    LINE = 64                        # smallest block, and the alignment of all: a cache line
-    PAGE = 4096
-
-# Gap between regions that choose their own addresses: wide, so that a wrong offset hits nothing.
-cdef uint64_t GAP = 1 << 30
+import time
 
 DRIVER_ERRORS = (
     None,
@@ -30,6 +18,7 @@ DRIVER_ERRORS = (
     "used id {value} is not outstanding",
     "used length {value} is above the writable bytes of its buffer",
     "used id {value} is not next in order, though IN_ORDER was negotiated",
+    "descriptor {value} is marked used, but none is outstanding",
 )
 
 
@@ -39,264 +28,16 @@ class BrokenRingError(RuntimeError):
     Attributes
     ----------
     cause : int
-        1 used index, 2 id outside the ring, 3 id not outstanding, 4 length, 5 order.
+        1 used index, 2 id outside the ring, 3 id not outstanding, 4 length, 5 order, 6 a descriptor used for nothing.
     value : int
-        The index, id or length in question.
+        The index, id, length or slot in question.
     """
 
     def __init__(self, cause, value, num):
         super().__init__(f"the device broke the ring: {DRIVER_ERRORS[cause].format(value=value, num=num)}; "
-                         "reset the queue (VIRTIO 1.3, 2.7.8)")
+                         "reset the queue (VIRTIO 1.3, 2.7.8, 2.8.8)")
         self.cause = cause
         self.value = value
-
-
-cdef uint32_t driver_next_in_order(driver_t* driver, driver_used_t* used) noexcept nogil:
-    cdef uint64_t element
-    cdef uint32_t error
-    cdef uint16_t head, ahead
-    if not driver.batch_valid:
-        element = vq_load_u64(&driver.used.ring[driver.last_used_idx & driver.mask])
-        used.id = <uint32_t>element
-        used.len = <uint32_t>(element >> 32)
-        error = driver_check_inline(driver, used)
-        if error != DRIVER_OK:
-            return error
-        ahead = <uint16_t>(driver.slots[used.id].position - driver.last_used_idx)
-        if ahead == 0:
-            return DRIVER_OK
-        # The element stands for everything up to its own buffer, which the device must have counted in its index.
-        if ahead >= <uint16_t>(driver.shadow_used_idx - driver.last_used_idx):
-            return DRIVER_USED_ORDER
-        driver.batch = used[0]
-        driver.batch_left = ahead
-        driver.batch_valid = True
-    if driver.batch_left == 0:
-        driver.batch_valid = False
-        used[0] = driver.batch
-        return DRIVER_OK
-    driver.batch_left -= 1
-    head = driver.heads[driver.last_used_idx & driver.mask]
-    used.id = head
-    used.len = driver.slots[head].writable_bytes       # 2.7.9: skipped buffers were used completely
-    return DRIVER_OK
-
-
-cdef uint32_t driver_check(driver_t* driver, driver_used_t* used) noexcept nogil:
-    cdef driver_slot_t* slot
-    cdef uint16_t position
-    if used.id >= driver.num:
-        return DRIVER_USED_ID
-    slot = &driver.slots[used.id]
-    if slot.count == 0:
-        return DRIVER_USED_NOT_OUTSTANDING
-    position = driver.published_avail_idx
-    while position != driver.next_avail_idx:           # at most num turns
-        if driver.heads[position & driver.mask] == used.id:
-            return DRIVER_USED_NOT_OUTSTANDING         # the device cannot know of it yet
-        position += 1
-    return DRIVER_USED_LENGTH if used.len > slot.writable_bytes else DRIVER_OK
-
-
-cdef void driver_give_back(driver_t* driver, uint16_t head, uint16_t count) noexcept nogil:
-    cdef uint16_t index = head
-    for _ in range(count - 1):
-        index = driver.slots[index].next               # private: written by driver_add, below num
-        driver.free[driver.free_tail & driver.mask] = index
-        driver.free_tail += 1
-
-
-cdef class Region:
-    """One region of guest memory: a memfd sealed against change of size, and our mapping of it."""
-
-    def __cinit__(self):
-        self.fd = -1
-
-    def __init__(self, size, guest_addr, user_addr, *, mmap_offset=0, hugepages=False):
-        cdef void* got
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if hugepages else 0)
-        self.fd = os.memfd_create("vq-guest-memory", flags)
-        page = os.fstat(self.fd).st_blksize if hugepages else PAGE
-        if size <= 0 or size % PAGE or mmap_offset < 0 or mmap_offset % page:
-            raise ValueError(f"guest memory of {size} bytes at offset {mmap_offset}: the size must be a positive "
-                             f"multiple of {PAGE}, the offset a multiple of the page size {page}")
-        whole = -(-(size + mmap_offset) // page) * page
-        os.ftruncate(self.fd, whole)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        got = c_mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
-        if got == MAP_FAILED:
-            if hugepages:
-                raise MemoryError(f"no {page} byte pages for {whole} bytes of guest memory; raise vm.nr_hugepages "
-                                  "or leave hugepages out")
-            PyErr_SetFromErrno(OSError)
-        self.start = <uint8_t*>got
-        self.length = whole
-        self.data = self.start + <size_t>mmap_offset
-        self.guest_addr, self.user_addr, self.size, self.mmap_offset = guest_addr, user_addr, size, mmap_offset
-        self.blocks = {}
-
-    def __dealloc__(self):
-        if self.start != NULL:
-            c_munmap(self.start, self.length)
-        if self.fd >= 0:
-            os.close(self.fd)
-
-    def close(self):
-        """Close the descriptor; the mapping lives until the last view is dropped."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __getbuffer__(self, Py_buffer* buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, self.data, <Py_ssize_t>self.size, 0, flags)
-
-    def __repr__(self):
-        return f"Region(guest_addr={self.guest_addr:#x}, user_addr={self.user_addr:#x}, size={self.size:#x})"
-
-
-cdef class Block:
-    """A piece of guest memory; supports the buffer protocol: ``memoryview(block)``.
-
-    Attributes
-    ----------
-    guest_addr : int
-    user_addr : int
-    size : int
-        Bytes.
-
-    Notes
-    -----
-    The bytes go back to the allocator when the last reference and the last view are dropped.
-    """
-
-    def __dealloc__(self):
-        if self.region is not None and self.region.blocks is not None:      # the collector may have cleared it first
-            self.region.blocks.setdefault(self.room, []).append(self.offset)
-
-    def __getbuffer__(self, Py_buffer* buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, self.data, <Py_ssize_t>self.size, 0, flags)
-
-    @property
-    def user_addr(self):
-        return self.region.user_addr + self.offset
-
-    def __repr__(self):
-        return f"Block(guest_addr={self.guest_addr:#x}, size={self.size})"
-
-
-cdef uint64_t _room(uint64_t size):
-    """What a block of `size` bytes occupies: a power of two up to a page, then pages; a block fits any of its room."""
-    cdef uint64_t room = LINE
-    if size > PAGE:
-        return (size + PAGE - 1) // PAGE * PAGE
-    while room < size:
-        room *= 2
-    return room
-
-
-cdef class GuestMemory:
-    """The memory of a pretended guest: regions backed by memfds, and an allocator for rings and buffers.
-
-    Parameters
-    ----------
-    size : int
-        Bytes of the first region, a multiple of 4096.
-    guest_addr, user_addr : int
-        Where the driver and the front-end see it. By default they differ from each other and from our own
-        mapping, so that a back-end that mixes them up is found out.
-    mmap_offset : int
-        Where the region begins in its file, bytes.
-    hugepages : bool
-        Back it by huge pages.
-
-    Raises
-    ------
-    ValueError
-        The size is not a multiple of the page size, or a region overlaps another.
-    MemoryError
-        There are not enough huge pages.
-
-    Notes
-    -----
-    Threading: methods under the GIL; the bytes belong to whoever uses the rings.
-    Spec: protocol section 6.5 (front-end duties): sealed against shrinking.
-    """
-
-    def __init__(self, size, *, guest_addr=0x4000_0000, user_addr=0x7e12_0000_0000, mmap_offset=0, hugepages=False):
-        self._regions = []
-        self.add_region(size, guest_addr=guest_addr, user_addr=user_addr, mmap_offset=mmap_offset, hugepages=hugepages)
-
-    def add_region(self, size, *, guest_addr=None, user_addr=None, mmap_offset=0, hugepages=False):
-        """Add a region; without addresses it lies 1 GiB behind the last one. Returns the Region."""
-        if guest_addr is None:
-            guest_addr = max(region.guest_addr + region.size for region in self._regions) + GAP
-        if user_addr is None:
-            user_addr = max(region.user_addr + region.size for region in self._regions) + GAP
-        for region in self._regions:
-            for name, address, start in (("guest_addr", guest_addr, region.guest_addr),
-                                         ("user_addr", user_addr, region.user_addr)):
-                if address < start + region.size and start < address + size:
-                    raise ValueError(f"region at {name} {address:#x} ({size} bytes) overlaps {region!r}")
-        region = Region(size, guest_addr, user_addr, mmap_offset=mmap_offset, hugepages=hugepages)
-        self._regions.append(region)
-        return region
-
-    @property
-    def regions(self):
-        """list of (guest_addr, size, user_addr, mmap_offset, fd): the rows of SET_MEM_TABLE; fds stay ours."""
-        return [(region.guest_addr, region.size, region.user_addr, region.mmap_offset, region.fd)
-                for region in self._regions]
-
-    def alloc(self, size, align=LINE):
-        """Take a zeroed Block of `size` bytes at a multiple of `align`, a power of two; MemoryError if all is full."""
-        cdef Region region
-        cdef Block block
-        cdef uint64_t room, offset = 0, misaligned
-        if size <= 0 or align <= 0 or align & (align - 1):
-            raise ValueError(f"a block of {size} bytes aligned to {align}: size must be positive, align a power of two")
-        room = _room(size)
-        for region in self._regions:
-            stock = region.blocks.get(room, ())
-            for index, free_offset in enumerate(stock):
-                if (<uint64_t>region.guest_addr + <uint64_t>free_offset) % <uint64_t>align == 0:
-                    offset = stock.pop(index)
-                    break
-            else:
-                misaligned = (<uint64_t>region.guest_addr + region.used) % <uint64_t>align
-                offset = region.used + (<uint64_t>align - misaligned if misaligned else 0)
-                if offset + room > <uint64_t>region.size:
-                    continue
-                region.used = offset + room
-            block = Block.__new__(Block)
-            block.region = region
-            block.offset = offset
-            block.room = room
-            block.data = region.data + offset
-            block.guest_addr = region.guest_addr + offset
-            block.size = size
-            memset(block.data, 0, size)
-            return block
-        raise MemoryError(f"no region of the guest memory has {size} bytes left; make it larger")
-
-    def view(self, guest_addr, length):
-        """A writable memoryview of [guest_addr, guest_addr + length); ValueError unless that lies in one region."""
-        cdef Region region
-        for region in self._regions:
-            if region.guest_addr <= guest_addr and guest_addr + length <= region.guest_addr + region.size:
-                offset = guest_addr - region.guest_addr
-                return memoryview(region)[offset:offset + length]
-        raise ValueError(f"[{guest_addr:#x}, {guest_addr + length:#x}) does not lie in one region of {self._regions}")
-
-    def close(self):
-        """Close the descriptors of all regions; views, blocks and queues keep working."""
-        for region in self._regions:
-            region.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.close()
 
 
 class Buffer:
@@ -332,48 +73,59 @@ cdef class DriverQueue:
     memory : GuestMemory
         Where the rings and the buffers lie.
     size : int
-        Ring size in entries, a power of two, 1 to 32768.
+        Ring size in entries, 1 to 32768; a power of two unless RING_PACKED is among the features.
     features : int
-        Negotiated virtio features, by default VERSION_1 alone; EVENT_IDX and IN_ORDER change what the driver does.
-    base : int
-        Position that both indices start at, 0 to 65535, for SET_VRING_BASE.
+        Negotiated virtio features, by default VERSION_1 alone. RING_PACKED chooses the layout; EVENT_IDX and
+        IN_ORDER change what the driver does.
+    base : int, optional
+        Where both sides begin, in the form of `avail_idx`; by default a fresh ring: 0, packed 0x8000.
 
     Raises
     ------
     ValueError
-        The size is not legal, or the features ask for a packed ring.
+        The size or the base is not legal for the layout.
     BrokenRingError
         From `poll`, `arm` and `wait`: the device broke the rules; sticky until `reset`.
 
     Notes
     -----
     Threading: one thread at a time; RuntimeError while a traffic engine owns the queue.
-    Spec: VIRTIO 1.3, 2.7.
+    Spec: VIRTIO 1.3, 2.7 and 2.8.
     """
 
     def __cinit__(self):
         memset(&self.driver, 0, sizeof(driver_t))
         self.driver.kick_fd = self.driver.call_fd = -1
 
-    def __init__(self, GuestMemory memory not None, int size, *, features=0x1_0000_0000, base=0):
-        if not 1 <= size <= VIRTQ_SIZE_MAX or size & (size - 1):
-            raise ValueError(f"queue size {size} is not a power of two from 1 to {VIRTQ_SIZE_MAX}")
-        if has_feature(features, VIRTIO_F_RING_PACKED):
-            raise ValueError("the features ask for a packed ring (bit 34), this queue has the split layout; "
-                             "leave the bit out")
+    def __init__(self, GuestMemory memory not None, int size, *, features=0x1_0000_0000, base=None):
+        cdef uint32_t places = 1
+        cdef bint packed = has_feature(features, VIRTIO_F_RING_PACKED)
+        if not 1 <= size <= VIRTQ_SIZE_MAX:
+            raise ValueError(f"queue size {size} is not from 1 to {VIRTQ_SIZE_MAX}")
+        if not packed and size & (size - 1):
+            raise ValueError(f"queue size {size} is not a power of two; only a packed ring (RING_PACKED, bit 34) may "
+                             "have any size")
         self.memory = memory
         self.features = features
         self._desc = memory.alloc(16 * size)
-        self._avail = memory.alloc(4 + 2 * size + 2)
-        self._used = memory.alloc(4 + 8 * size + 2)
-        self.driver.desc = <virtq_desc_t*>self._desc.data
-        self.driver.avail = <virtq_avail_t*>self._avail.data
-        self.driver.used = <virtq_used_t*>self._used.data
+        self._avail = memory.alloc(4 if packed else 4 + 2 * size + 2)
+        self._used = memory.alloc(4 if packed else 4 + 8 * size + 2)
+        if packed:
+            self.driver.ring = <virtq_packed_desc_t*>self._desc.data
+            self.driver.driver_event = <virtq_packed_event_t*>self._avail.data
+            self.driver.device_event = <virtq_packed_event_t*>self._used.data
+        else:
+            self.driver.desc = <virtq_desc_t*>self._desc.data
+            self.driver.avail = <virtq_avail_t*>self._avail.data
+            self.driver.used = <virtq_used_t*>self._used.data
+        self.driver.packed = packed
         self.driver.num = size
-        self.driver.mask = size - 1
+        while places < self.driver.num:
+            places *= 2
+        self.driver.mask = <uint16_t>(places - 1)
         self.driver.slots = <driver_slot_t*>calloc(size, sizeof(driver_slot_t))
-        self.driver.free = <uint16_t*>malloc(size * sizeof(uint16_t))
-        self.driver.heads = <uint16_t*>calloc(size, sizeof(uint16_t))
+        self.driver.free = <uint16_t*>calloc(places, sizeof(uint16_t))
+        self.driver.heads = <uint16_t*>calloc(places, sizeof(uint16_t))
         if self.driver.slots == NULL or self.driver.free == NULL or self.driver.heads == NULL:
             raise MemoryError("driver queue")
         self.driver.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
@@ -411,30 +163,31 @@ cdef class DriverQueue:
             os.close(self.driver.call_fd)
         self.driver.kick_fd = self.driver.call_fd = -1
 
-    def reset(self, base=0):
+    def reset(self, base=None):
         """Start over with empty rings at position `base`, all buffers ours again. The device must be stopped."""
         cdef driver_t* driver = &self.driver
-        cdef uint16_t position, index
+        cdef uint32_t id
         self._check_free()
+        if base is None:
+            base = DRIVER_WRAP_COUNTER if driver.packed else 0
         if not 0 <= base <= 0xffff:
             raise ValueError(f"base {base} is not a ring position from 0 to 65535")
-        position = base
-        memset(driver.desc, 0, 16 * driver.num)
-        memset(driver.avail, 0, 4 + 2 * driver.num + 2)
-        memset(driver.used, 0, 4 + 8 * driver.num + 2)
+        if driver.packed and base & 0x7fff >= driver.num:
+            raise ValueError(f"base {base:#x} names slot {base & 0x7fff} of a packed ring of {driver.num}; the slot "
+                             "stands in bits 0 to 14, the wrap counter in bit 15")
         memset(driver.slots, 0, driver.num * sizeof(driver_slot_t))
-        for index in range(driver.num):
-            driver.free[index] = index
+        for id in range(driver.num):
+            driver.free[id] = <uint16_t>id
         driver.free_head = 0
         driver.free_tail = driver.num
-        driver.next_avail_idx = driver.published_avail_idx = driver.kicked_avail_idx = position
-        driver.last_used_idx = driver.shadow_used_idx = position
         driver.batch_left = 0
         driver.batch_valid = False
         driver.kick_valid = False
         driver.error = DRIVER_OK
-        vq_store_u16(&driver.used.idx, position)
-        vq_store_release_u16(&driver.avail.idx, position)
+        if driver.packed:
+            driver_packed_reset(driver, base)
+        else:
+            driver_split_reset(driver, base)
         self._posted = {}
 
     def add(self, readable=(), writable=(), *, indirect=False):
@@ -554,7 +307,7 @@ cdef class DriverQueue:
         driver_disarm(&self.driver)
 
     def wait(self, timeout):
-        """Sleep until a used buffer is there: by arm, the call descriptor, and a look at the ring.
+        """Sleep until a used buffer is there or the time is over, whatever calls come for nothing meanwhile.
 
         Parameters
         ----------
@@ -566,16 +319,21 @@ cdef class DriverQueue:
         bool
             Whether there is a used buffer.
         """
-        if self.arm():
-            return True
+        end = time.monotonic() + timeout
         poller = select.poll()
         poller.register(self.driver.call_fd, select.POLLIN)
-        if poller.poll(timeout * 1000):
-            os.eventfd_read(self.driver.call_fd)
-        pending = driver_pending(&self.driver)
-        if pending < 0:
-            self._raise()
-        return pending > 0
+        while not self.arm():
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            if poller.poll(left * 1000):
+                os.eventfd_read(self.driver.call_fd)
+        return True
+
+    @property
+    def layout(self):
+        """str: "split" or "packed"."""
+        return "packed" if self.driver.packed else "split"
 
     @property
     def size(self):
@@ -601,7 +359,10 @@ cdef class DriverQueue:
 
     @property
     def addresses(self):
-        """tuple of int: user addresses of descriptor table, available ring, used ring, for SET_VRING_ADDR."""
+        """tuple of int: user addresses of descriptor table, available ring, used ring, for SET_VRING_ADDR.
+
+        Packed: of descriptor ring, driver event structure, device event structure, in the same places of the message.
+        """
         return self._desc.user_addr, self._avail.user_addr, self._used.user_addr
 
     @property
@@ -621,13 +382,19 @@ cdef class DriverQueue:
 
     @property
     def avail_idx(self):
-        """int: position that was published last."""
-        return self.driver.published_avail_idx
+        """int: where the device continues after what was published: the available half of SET_VRING_BASE.
+
+        Split: a free-running index. Packed: the slot in bits 0 to 14, the wrap counter in bit 15.
+        """
+        return self.driver.published_at if self.driver.packed else self.driver.published_avail_idx
 
     @property
     def used_idx(self):
-        """int: position of the next used element to take: the base after a crash of the back-end."""
-        return self.driver.last_used_idx
+        """int: where the next used buffer is looked for, in the form of `avail_idx`: the base after a crash.
+
+        Packed: the used half of SET_VRING_BASE, whose bits are 16 to 31 there.
+        """
+        return driver_packed_used_position(&self.driver) if self.driver.packed else self.driver.last_used_idx
 
     @property
     def kicks(self):
@@ -636,33 +403,48 @@ cdef class DriverQueue:
 
     # Raw access, for tests that build malformed rings and for reference devices. The driver's state does not follow.
 
+    def _raw(self, Block block, layout, dtype, count, offset=0):
+        import numpy
+        if layout is not None and layout != self.layout:
+            raise AttributeError(f"a {self.layout} ring has no such part; it belongs to the {layout} layout")
+        return numpy.frombuffer(block, dtype, count, offset)
+
     @property
     def desc(self):
-        """ndarray of (addr u8, len u4, flags u2, next u2), shape (size,): the descriptor table itself."""
-        import numpy
-        return numpy.frombuffer(self._desc, [("addr", "<u8"), ("len", "<u4"), ("flags", "<u2"), ("next", "<u2")],
-                                self.driver.num)
+        """ndarray, shape (size,): the descriptors themselves, (addr u8, len u4, flags u2, next u2).
+
+        Packed: (addr u8, len u4, id u2, flags u2).
+        """
+        last = ("id", "flags") if self.driver.packed else ("flags", "next")
+        fields = [("addr", "<u8"), ("len", "<u4"), *((name, "<u2") for name in last)]
+        return self._raw(self._desc, None, fields, self.driver.num)
 
     @property
     def avail(self):
-        """ndarray of uint16, shape (size + 3,): flags, idx, ring[size], used_event."""
-        import numpy
-        return numpy.frombuffer(self._avail, "<u2", self.driver.num + 3)
+        """ndarray of uint16, shape (size + 3,): flags, idx, ring[size], used_event. Split only."""
+        return self._raw(self._avail, "split", "<u2", self.driver.num + 3)
 
     @property
     def used(self):
-        """ndarray of (id u4, len u4), shape (size,): the used elements."""
-        import numpy
-        return numpy.frombuffer(self._used, [("id", "<u4"), ("len", "<u4")], self.driver.num, 4)
+        """ndarray of (id u4, len u4), shape (size,): the used elements. Split only."""
+        return self._raw(self._used, "split", [("id", "<u4"), ("len", "<u4")], self.driver.num, 4)
 
     @property
     def used_head(self):
-        """ndarray of uint16, shape (2,): flags and idx of the used ring."""
-        import numpy
-        return numpy.frombuffer(self._used, "<u2", 2)
+        """ndarray of uint16, shape (2,): flags and idx of the used ring. Split only."""
+        return self._raw(self._used, "split", "<u2", 2)
 
     @property
     def avail_event(self):
-        """ndarray of uint16, shape (1,): the device's event field behind the used elements."""
-        import numpy
-        return numpy.frombuffer(self._used, "<u2", 1, 4 + 8 * self.driver.num)
+        """ndarray of uint16, shape (1,): the device's event field behind the used elements. Split only."""
+        return self._raw(self._used, "split", "<u2", 1, 4 + 8 * self.driver.num)
+
+    @property
+    def driver_event(self):
+        """ndarray of uint16, shape (2,): off_wrap and flags of the driver's event structure. Packed only."""
+        return self._raw(self._avail, "packed", "<u2", 2)
+
+    @property
+    def device_event(self):
+        """ndarray of uint16, shape (2,): off_wrap and flags of the device's event structure. Packed only."""
+        return self._raw(self._used, "packed", "<u2", 2)

@@ -52,6 +52,17 @@ cdef inline uint8_t* memory_translate(memory_t* memory, region_t** hint, gpa_t a
         return NULL
     return region.host + offset
 
+cdef inline uint8_t* memory_translate_near(memory_t* memory, region_t** hint, region_t* near, gpa_t addr,
+                                           uint64_t length) noexcept nogil:
+    """As `memory_translate`, looking first into `near`: a loop's own copy of the region of its last hit."""
+    cdef uint64_t offset = addr - near.guest_addr
+    cdef uint8_t* host
+    if (offset < near.size) & (length <= near.size - offset):
+        return near.host + offset
+    host = memory_translate(memory, hint, addr, length)
+    near[0] = hint[0][0]
+    return host
+
 cdef inline uint8_t* memory_translate_part(memory_t* memory, region_t** hint, gpa_t addr, uint64_t length,
                                            uint64_t* part) noexcept nogil:
     """The pointer for `addr` and, in `part`, how many of `length` bytes (> 0) lie in its region; NULL if none."""

@@ -1,6 +1,7 @@
 """The base of all ports: their endpoints and who owns them."""
 from libc.stdlib cimport calloc, free
-from vq_core.counters cimport counters_snapshot, counters_t
+from libc.string cimport memset
+from vq_core.counters cimport DROP_CAUSES, counters_snapshot, counters_t
 
 
 # What an endpoint does until its port says otherwise: it has no packets, and room for all.
@@ -127,12 +128,14 @@ cdef class Port:
                 self.directions[1]: counters_snapshot(endpoint.pulled)}
 
     def _sum(self, bint pushed):
-        cdef int i
-        total = {"packets": 0, "bytes": 0, "dropped": {}}
+        cdef int i, cause
+        cdef counters_t total
+        cdef counters_t* part
+        memset(&total, 0, sizeof(total))
         for i in range(self.endpoint_count):
-            part = counters_snapshot(self.endpoints[i].pushed if pushed else self.endpoints[i].pulled)
-            total["packets"] += part["packets"]
-            total["bytes"] += part["bytes"]
-            for cause, count in part["dropped"].items():
-                total["dropped"][cause] = total["dropped"].get(cause, 0) + count
-        return total
+            part = self.endpoints[i].pushed if pushed else self.endpoints[i].pulled
+            total.packets += part.packets
+            total.bytes += part.bytes
+            for cause in range(DROP_CAUSES):
+                total.dropped[cause] += part.dropped[cause]
+        return counters_snapshot(&total)

@@ -16,7 +16,9 @@ from vq_core.dirty cimport DirtyLog, dirty_mark, dirty_t
 from vq_core.handover cimport Mailbox, mailbox_t
 from vq_core.memory cimport MemoryMap, memory_t, region_t
 from vq_core.notify cimport notify_signal
-from vq_core.split cimport split_needs_call, split_publish, split_request_kick, split_t
+from vq_core.packed cimport packed_t
+from vq_core.ring cimport ring_needs_call, ring_publish, ring_request_kick, ring_t, ring_undecided
+from vq_core.split cimport split_t
 from vq_core.virtio cimport gpa_t, uva_t
 
 # Why a queue broke. Texts and spec sections: BROKEN_CAUSES in queue.pyx, in this order.
@@ -32,9 +34,10 @@ cdef enum:
     BROKEN_ADDRESS = 8           # address outside the guest's memory
     BROKEN_MEMORY_LOST = 9       # the owner truncated the memory under us
     BROKEN_DIRECTION = 10        # no device-readable (transmitq) or no device-writable (receiveq) descriptor
+    BROKEN_ID = 11               # packed: buffer id outside the ring
 
 cdef struct queue_t:
-    split_t ring
+    ring_t ring
     memory_t* memory
     region_t* hint               # last region hit; never NULL while started
     dirty_t* log                 # NULL: LOG_ALL is off
@@ -57,31 +60,50 @@ cdef struct queue_t:
     uint64_t calls_suppressed    # and those that the driver did not want
     counters_t counters
 
-cdef inline void queue_publish(queue_t* queue, uint16_t position) noexcept nogil:
-    """Expose the used elements before `position`, after logging what the stores changed."""
+cdef inline void queue_publish(queue_t* queue, bint packed, uint16_t position) noexcept nogil:
+    """Expose the used elements before `position`, and log what that changed."""
+    cdef uint16_t slot = queue.ring.packed.used_slot if packed else queue.ring.split.shadow_used
+    cdef uint32_t moved = queue.ring.packed.moved
+    ring_publish(&queue.ring, packed, position)
     if queue.log != NULL and queue.log_ring:
-        queue_log_used(queue, position)
-    split_publish(&queue.ring, position)
+        # After the stores: a page that is copied between a mark and its store would be clean and stale.
+        queue_log_used(queue, packed, slot, queue.ring.packed.moved - moved)
 
-cdef inline void queue_log_used(queue_t* queue, uint16_t position) noexcept nogil:
-    cdef uint16_t slot = queue.ring.shadow_used_idx
-    while slot != position:
-        dirty_mark(queue.log, queue.log_guest_addr + 4 + 8 * <uint64_t>(slot & queue.ring.mask), 8)
-        slot += 1
+cdef inline void queue_log_used(queue_t* queue, bint packed, uint16_t slot, uint32_t slots) noexcept nogil:
+    """Log what was published from `slot` on: in the packed layout so many slots, else all there is."""
+    cdef uint16_t slot_mask = queue.ring.split.mask
+    cdef uint32_t part
+    if packed:
+        # Each descriptor under its own guest address; log_guest_addr is that of the event structure.
+        while slots > 0:
+            part = min(slots, <uint32_t>(queue.ring.num - slot))
+            dirty_mark(queue.log, queue.ring.packed.desc_addr + 16 * <uint64_t>slot, 16 * <uint64_t>part)
+            slots -= part
+            slot = 0
+        return
+    slots = <uint16_t>(queue.ring.split.shadow_used - slot)
+    slot &= slot_mask
+    while slots > 0:
+        part = min(slots, <uint32_t>(queue.ring.num - slot))
+        dirty_mark(queue.log, queue.log_guest_addr + 4 + 8 * <uint64_t>slot, 8 * <uint64_t>part)
+        slots -= part
+        slot = 0
     dirty_mark(queue.log, queue.log_guest_addr, 4)
 
 cdef inline void queue_request_kick(queue_t* queue) noexcept nogil:
-    """Ask for a kick, and log the store that says so: flags or avail_event, both a part of the used ring."""
-    split_request_kick(&queue.ring)
+    """Ask for a kick, and log the store that says so: flags, avail_event or the device's event structure."""
+    cdef uint64_t event = 0
+    ring_request_kick(&queue.ring, queue.ring.is_packed)
     if queue.log != NULL and queue.log_ring:
-        dirty_mark(queue.log,
-                   queue.log_guest_addr + (4 + 8 * <uint64_t>queue.ring.num if queue.ring.event_idx else 0), 2)
+        if not queue.ring.is_packed and queue.ring.split.event_idx:
+            event = 4 + 8 * <uint64_t>queue.ring.num
+        dirty_mark(queue.log, queue.log_guest_addr + event, 4 if queue.ring.is_packed else 2)
 
 cdef inline void queue_flush(queue_t* queue) noexcept nogil:
     """Call the driver if it wants to know of what was published since the last flush."""
-    if queue.ring.shadow_used_idx == queue.ring.signalled_used_idx and queue.ring.signalled_valid:
+    if not ring_undecided(&queue.ring, queue.ring.is_packed):
         return
-    if split_needs_call(&queue.ring):
+    if ring_needs_call(&queue.ring, queue.ring.is_packed):
         queue.calls += 1
         notify_signal(queue.call_fd)
     else:
@@ -121,9 +143,13 @@ cdef class Queue:
     cdef Mailbox mailbox         # of the owning worker; None: nobody
     cdef MemoryMap _memory       # held while started, so that `queue.memory` lives
     cdef DirtyLog _log
-    cdef uint16_t _begin         # available index when the ring was started
+    cdef uint16_t _begin         # split: available index when the ring was started
+    cdef bint _batches
+    cdef uint64_t* _elements     # packed: room for used elements, while started
     cdef tuple _addresses        # (desc, avail, used), user addresses, while started
 
     cdef int _change(self, queue_change_t* change) except -1
+    cdef int _place_split(self, split_t* ring, int num, uint64_t base, uint64_t features, bint in_order) except -1
+    cdef int _place_packed(self, packed_t* ring, int num, uint64_t base, uint64_t features, bint in_order) except -1
     cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses,
                       uint64_t features) except -1

@@ -1,15 +1,21 @@
 """Virtqueues as the control plane sees them: start, stop, change, report."""
 from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_load_u16
-from vq_core.counters cimport counters_snapshot
+from vq_core.counters cimport counters_snapshot, counters_work
 from vq_core.dirty cimport DirtyLog
 from vq_core.epoll cimport EPOLLIN, epoll_move
 from vq_core.handover cimport handover_run
 from vq_core.memory cimport MemoryMap, memory_user_translate
 from vq_core.notify cimport notify_signal
-from vq_core.virtio cimport (VIRTIO_F_EVENT_IDX, VIRTQ_SIZE_MAX, gpa_t, has_feature, virtio_net_hdr_t, virtq_avail_t,
-                             virtq_desc_t, virtq_used_elem_t, virtq_used_t)
+from vq_core.packed cimport PACKED_WRAP_BITS, packed_has_more, packed_t
+from vq_core.port cimport BURST_MAX
+from vq_core.split cimport split_t
+from vq_core.virtio cimport (VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
+                             VIRTQ_PACKED_DESC_F_AVAIL, VIRTQ_PACKED_DESC_F_USED, VIRTQ_SIZE_MAX, gpa_t, has_feature,
+                             virtio_net_hdr_t, virtq_avail_t, virtq_desc_t, virtq_packed_desc_t, virtq_packed_event_t,
+                             virtq_used_elem_t, virtq_used_t)
 
 # Text and section of each BROKEN_* cause, in their order.
 BROKEN_CAUSES = (
@@ -24,10 +30,23 @@ BROKEN_CAUSES = (
     ("address outside the guest's memory", "VIRTIO 1.3, 2.7.5"),
     ("guest memory or dirty log was truncated by its owner", "vhost-user, SET_MEM_TABLE and SET_LOG_BASE"),
     ("descriptor chain without a buffer in the direction of the queue", "VIRTIO 1.3, 5.1.6"),
+    ("buffer id outside queue_size", "VIRTIO 1.3, 2.8"),
 )
 
-if (sizeof(virtq_desc_t), sizeof(virtq_used_elem_t), sizeof(virtio_net_hdr_t)) != (16, 8, 12):
+if (sizeof(virtq_desc_t), sizeof(virtq_used_elem_t), sizeof(virtq_packed_desc_t), sizeof(virtq_packed_event_t),
+        sizeof(virtio_net_hdr_t)) != (16, 8, 16, 4, 12):
     raise ImportError("this compiler lays the structures of the specification out differently")
+
+
+cdef void _point(ring_t* ring, ring_t* wanted) noexcept nogil:
+    """Take over where the parts of the ring lie."""
+    ring.split.desc = wanted.split.desc
+    ring.split.avail = wanted.split.avail
+    ring.split.used = wanted.split.used
+    ring.packed.desc = wanted.packed.desc
+    ring.packed.driver_event = wanted.packed.driver_event
+    ring.packed.device_event = wanted.packed.device_event
+    ring.packed.desc_addr = wanted.packed.desc_addr
 
 
 cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
@@ -60,9 +79,7 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
         queue.reported = 0
         queue.started = True
     if what & CHANGE_MEMORY:
-        queue.ring.desc = wanted.ring.desc
-        queue.ring.avail = wanted.ring.avail
-        queue.ring.used = wanted.ring.used
+        _point(&queue.ring, &wanted.ring)
         queue.memory = wanted.memory
         queue.hint = wanted.hint
     if what & CHANGE_ENABLED:
@@ -74,14 +91,38 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
         queue.memory = NULL
         queue.hint = NULL
         queue.log = NULL
-        queue.ring.desc = NULL
-        queue.ring.avail = NULL
-        queue.ring.used = NULL
+        _point(&queue.ring, &wanted.ring)        # nowhere
     queue.live = queue.started and queue.enabled and queue.broken == BROKEN_NOT
 
 
 cdef void _run_change(void* target, void* argument) noexcept nogil:
     queue_apply(<queue_t*>target, <queue_change_t*>argument)
+
+
+cdef int _elements(int num) noexcept:
+    """Room for used elements: a power of two, for a whole ring and a burst at least."""
+    cdef int room = 2 * BURST_MAX
+    while room < num:
+        room *= 2
+    return room
+
+
+cdef void _find_place(packed_t* ring, uint16_t* slot, bint* wrap) noexcept:
+    """Where a device that completes in order stopped, told by the ring itself; a fresh one says its beginning.
+
+    Only the device changes a USED bit, to its wrap counter, when it uses a slot: the slots before its place differ in
+    it from those behind. Later descriptors of chains are not written and may mislead; front-ends that restart a crashed
+    back-end have drivers with indirect descriptors, whose buffers take one slot.
+    """
+    cdef uint16_t first = vq_load_u16(&ring.desc[0].flags) & VIRTQ_PACKED_DESC_F_USED
+    cdef uint16_t i
+    for i in range(1, ring.num):
+        if vq_load_u16(&ring.desc[i].flags) & VIRTQ_PACKED_DESC_F_USED != first:
+            slot[0] = i
+            wrap[0] = first != 0
+            return
+    slot[0] = 0
+    wrap[0] = first == 0
 
 
 cdef int _fd(object fd) except -2:
@@ -99,6 +140,9 @@ cdef class Queue:
         Name for people, for instance ``"receiveq0"``.
     report_fd : int, optional
         Eventfd that is signalled when the queue breaks; see `poll_report`.
+    batches : bool
+        The device writes into no buffer of this queue, so that with IN_ORDER a whole batch may be given back by one
+        used descriptor of a packed ring (VIRTIO 1.3, 2.8.7).
 
     Notes
     -----
@@ -108,12 +152,16 @@ cdef class Queue:
     Spec: vhost-user "Ring states", VIRTIO 1.3, 2.7.
     """
 
-    def __cinit__(self, int index, str name, report_fd=None):
+    def __cinit__(self, int index, str name, report_fd=None, bint batches=False):
         memset(&self.queue, 0, sizeof(queue_t))
+        self._batches = batches
         self.index = index
         self.name = name
         self.queue.kick_fd = self.queue.call_fd = self.queue.err_fd = self.queue.epoll_fd = -1
         self.queue.report_fd = _fd(report_fd)
+
+    def __dealloc__(self):
+        free(self._elements)
 
     cdef int _change(self, queue_change_t* change) except -1:
         handover_run(self.mailbox, _run_change, &self.queue, change)
@@ -123,24 +171,39 @@ cdef class Queue:
                       uint64_t features) except -1:
         """Fill in the pointers of ring and memory; ValueError if a part does not lie in one region."""
         cdef uint64_t event_bytes = 2        # the event fields are always there in drivers of 1.0 and later, but ...
-        cdef gpa_t ignored
+        cdef gpa_t guest_addr, desc_addr = 0
+        cdef ring_t* ring = &change.wanted.ring
+        ring.is_packed = has_feature(features, VIRTIO_F_RING_PACKED)
         if not has_feature(features, VIRTIO_F_EVENT_IDX):
             event_bytes = 0                  # ... a legal ring may end without them when they are not negotiated
-        parts = (("descriptor table", addresses[0], 16, 16 * num),
-                 ("available ring", addresses[1], 2, 4 + 2 * num + event_bytes),
-                 ("used ring", addresses[2], 4, 4 + 8 * num + event_bytes))
+        if ring.is_packed:
+            parts = (("descriptor ring", addresses[0], 16, 16 * num),
+                     ("driver event structure", addresses[1], 4, 4),
+                     ("device event structure", addresses[2], 4, 4))
+        else:
+            parts = (("descriptor table", addresses[0], 16, 16 * num),
+                     ("available ring", addresses[1], 2, 4 + 2 * num + event_bytes),
+                     ("used ring", addresses[2], 4, 4 + 8 * num + event_bytes))
         pointers = []
         for part, address, alignment, length in parts:
-            found = <uintptr_t>memory_user_translate(&memory.memory, address, length, &ignored)
+            found = <uintptr_t>memory_user_translate(&memory.memory, address, length, &guest_addr)
             if not found:
                 raise ValueError(f"queue {self.index}: {part} at {address:#x} ({length} bytes) does not lie in one "
                                  "memory region")
             if address % alignment or found % alignment:
                 raise ValueError(f"queue {self.index}: {part} at {address:#x} is not aligned to {alignment} bytes")
+            if not pointers:
+                desc_addr = guest_addr
             pointers.append(found)
-        change.wanted.ring.desc = <virtq_desc_t*><uintptr_t>pointers[0]
-        change.wanted.ring.avail = <virtq_avail_t*><uintptr_t>pointers[1]
-        change.wanted.ring.used = <virtq_used_t*><uintptr_t>pointers[2]
+        if ring.is_packed:
+            ring.packed.desc = <virtq_packed_desc_t*><uintptr_t>pointers[0]
+            ring.packed.driver_event = <virtq_packed_event_t*><uintptr_t>pointers[1]
+            ring.packed.device_event = <virtq_packed_event_t*><uintptr_t>pointers[2]
+            ring.packed.desc_addr = desc_addr
+        else:
+            ring.split.desc = <virtq_desc_t*><uintptr_t>pointers[0]
+            ring.split.avail = <virtq_avail_t*><uintptr_t>pointers[1]
+            ring.split.used = <virtq_used_t*><uintptr_t>pointers[2]
         change.wanted.memory = &memory.memory
         change.wanted.hint = memory.memory.regions
         return 0
@@ -155,13 +218,15 @@ cdef class Queue:
         ----------
         memory : MemoryMap
         num : int
-            Ring size in entries, a power of two, 1 to 32768.
+            Ring size in entries, 1 to 32768; in the split layout a power of two.
         desc, avail, used : int
-            Front-end user addresses of the three parts.
+            Front-end user addresses of the three parts; in the packed layout of descriptor ring, driver event
+            structure and device event structure.
         base : int
-            Next available entry (bits 0 to 15 count).
+            Split: next available entry (bits 0 to 15 count). Packed: next available slot in bits 0 to 14, its wrap
+            counter in bit 15; the used side starts there too.
         features : int
-            Negotiated virtio features.
+            Negotiated virtio features; RING_PACKED decides the layout.
         kick_fd, call_fd, err_fd : int, optional
             Descriptors, O_NONBLOCK; None: the peer polls, or nobody listens.
         enabled : bool
@@ -170,8 +235,9 @@ cdef class Queue:
         log_guest_addr : int, optional
             Where used ring stores are logged; None: VRING_F_LOG is not set.
         in_order : bool
-            The device completes in order and has no in-flight region: resume at the used index that stands in
-            memory when it differs from `base`, since the requests between were lost in a crash (protocol 6.3).
+            The device completes in order and has no in-flight region: resume where the ring says that it stopped
+            when that differs from `base`, since the requests between were lost in a crash (protocol 6.3). A packed
+            ring is asked only when `base` is the very beginning, which is what QEMU says after a crash.
 
         Raises
         ------
@@ -179,23 +245,26 @@ cdef class Queue:
             Size, alignment or placement of a part is wrong.
         """
         cdef queue_change_t change
-        cdef uint16_t position
-        if not 1 <= num <= VIRTQ_SIZE_MAX or num & (num - 1):
-            raise ValueError(f"queue {self.index}: size {num} is not a power of two from 1 to {VIRTQ_SIZE_MAX}")
+        cdef uint64_t* elements = NULL
+        if not 1 <= num <= VIRTQ_SIZE_MAX:
+            raise ValueError(f"queue {self.index}: size {num} is not from 1 to {VIRTQ_SIZE_MAX}")
         if self.queue.started:
             raise ValueError(f"queue {self.index} is started; stop it first")
         memset(&change, 0, sizeof(change))
         self._resolve(&change, memory, num, (desc, avail, used), features)
-        position = vq_load_u16(&change.wanted.ring.used.idx)      # read once; ours from here on
         change.what = CHANGE_START | CHANGE_ENABLED
         change.wanted.ring.num = num
-        change.wanted.ring.mask = num - 1
-        change.wanted.ring.last_avail_idx = position if in_order else <uint16_t>base
-        change.wanted.ring.shadow_avail_idx = change.wanted.ring.last_avail_idx
-        change.wanted.ring.next_used_idx = position
-        change.wanted.ring.shadow_used_idx = position
-        change.wanted.ring.signalled_used_idx = position
-        change.wanted.ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
+        if change.wanted.ring.is_packed:
+            elements = <uint64_t*>calloc(_elements(num), sizeof(uint64_t))
+            if elements == NULL:
+                raise MemoryError(f"queue {self.index}")
+            free(self._elements)             # of an earlier start: nobody uses it any more
+            self._elements = change.wanted.ring.packed.elements = elements
+            self._place_packed(&change.wanted.ring.packed, num, base, features, in_order)
+            self._begin = 0
+        else:
+            self._place_split(&change.wanted.ring.split, num, base, features, in_order)
+            self._begin = change.wanted.ring.split.last_avail_idx
         change.wanted.features = features
         change.wanted.indirect_limit = max(num, 1024)
         change.wanted.enabled = enabled
@@ -203,18 +272,51 @@ cdef class Queue:
         change.wanted.kick_fd = _fd(kick_fd)
         change.wanted.call_fd = _fd(call_fd)
         change.wanted.err_fd = _fd(err_fd)
-        self._begin = change.wanted.ring.last_avail_idx
         self._change(&change)
         self._memory = memory
         self._log = log
         self._addresses = (desc, avail, used)
 
+    cdef int _place_split(self, split_t* ring, int num, uint64_t base, uint64_t features, bint in_order) except -1:
+        """Say where a split ring begins."""
+        cdef uint16_t position = vq_load_u16(&ring.used.idx)      # read once; ours from here on
+        if num & (num - 1):
+            raise ValueError(f"queue {self.index}: size {num} is not a power of two, as a split ring needs")
+        ring.num = num
+        ring.mask = num - 1
+        ring.last_avail_idx = ring.shadow_avail_idx = position if in_order else <uint16_t>base
+        ring.next_used = ring.shadow_used = ring.signalled_used = position
+        ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
+        return 0
+
+    cdef int _place_packed(self, packed_t* ring, int num, uint64_t base, uint64_t features, bint in_order) except -1:
+        """Say where a packed ring begins."""
+        cdef uint16_t slot = base & 0x7fff
+        cdef bint wrap = base >> 15 & 1
+        if not has_feature(features, VIRTIO_F_VERSION_1):
+            raise ValueError(f"queue {self.index}: RING_PACKED was negotiated without VERSION_1")
+        if slot >= num:
+            raise ValueError(f"queue {self.index}: base {slot} is outside the ring of {num}")
+        ring.num = num
+        ring.mask = _elements(num) - 1
+        if in_order and slot == 0 and wrap:
+            _find_place(ring, &slot, &wrap)
+        ring.avail_slot = ring.used_slot = slot
+        ring.avail_flags = VIRTQ_PACKED_DESC_F_AVAIL if wrap else VIRTQ_PACKED_DESC_F_USED
+        ring.used_flags = PACKED_WRAP_BITS if wrap else 0
+        ring.chain_slots = 1
+        ring.batch = self._batches and has_feature(features, VIRTIO_F_IN_ORDER)
+        ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
+        return 0
+
     def stop(self):
         """Stop the ring and return the base to answer: the next available entry, 0 to 65535.
 
         Everything taken is published and released when this returns. The enabled flag stays.
-        Stopping a stopped ring answers its last position.
+        Stopping a stopped ring answers its last position. Packed: next available slot and wrap counter in the lower
+        16 bits, those of the used side in the upper ones.
         """
+        cdef packed_t* packed = &self.queue.ring.packed
         cdef queue_change_t change
         memset(&change, 0, sizeof(change))
         change.what = CHANGE_STOP
@@ -222,7 +324,10 @@ cdef class Queue:
         self._memory = None
         self._log = None
         self._addresses = None
-        return self.queue.ring.last_avail_idx
+        if not self.queue.ring.is_packed:
+            return self.queue.ring.split.last_avail_idx
+        avail = packed.avail_slot | (0x8000 if packed.avail_flags & VIRTQ_PACKED_DESC_F_AVAIL else 0)
+        return avail | (packed.used_slot | (0x8000 if packed.used_flags else 0)) << 16
 
     def set_enabled(self, bint enabled):
         """Enable or disable the ring; remembered while it is stopped."""
@@ -289,10 +394,6 @@ cdef class Queue:
         change.wanted.log_ring = log is not None and log_guest_addr is not None
         change.wanted.log_guest_addr = 0 if log_guest_addr is None else log_guest_addr
 
-    def break_off(self):
-        """Break the queue from the control side: its memory is gone and cannot be resolved again."""
-        queue_break(&self.queue, BROKEN_ADDRESS, 0)
-
     def poll_report(self):
         """What broke the queue, told once: (head, text, section), or None."""
         cdef uint32_t cause = vq_load_acquire_u32(&self.queue.broken)
@@ -324,7 +425,13 @@ cdef class Queue:
     @property
     def posted(self):
         """bool: the driver has made something available since the ring was started."""
-        return self.queue.started and vq_load_u16(&self.queue.ring.avail.idx) != self._begin
+        cdef packed_t* packed
+        if not self.queue.started:
+            return False
+        if self.queue.ring.is_packed:
+            packed = &self.queue.ring.packed
+            return packed.next_used != 0 or packed.known != 0 or bool(packed_has_more(packed))
+        return vq_load_u16(&self.queue.ring.split.avail.idx) != self._begin
 
     @property
     def num(self):
@@ -332,8 +439,12 @@ cdef class Queue:
         return self.queue.ring.num
 
     def snapshot(self):
-        """dict: packets, bytes, dropped by cause, calls, calls_suppressed, size, state."""
+        """dict: packets, bytes, dropped by cause, what they cost (busy_cycles, cycles_per_packet, empty_polls, bursts
+        by size), calls, calls_suppressed, layout, size, state.
+        """
         result = counters_snapshot(&self.queue.counters)
-        result.update(calls=self.queue.calls, calls_suppressed=self.queue.calls_suppressed, size=self.queue.ring.num,
+        result.update(counters_work(&self.queue.counters))
+        result.update(layout="packed" if self.queue.ring.is_packed else "split",
+                      calls=self.queue.calls, calls_suppressed=self.queue.calls_suppressed, size=self.queue.ring.num,
                       started=self.started, enabled=self.enabled, broken=self.broken)
         return result

@@ -4,15 +4,18 @@ Every shared field has one getter or setter here. What the device wrote (used ri
 is never read back: the shadows below are the truth. What the driver writes (descriptors,
 available ring) is read once, into private copies.
 
+packed.pxd has the same verbs for the other layout, ring.pxd chooses between them.
+
 Owner: the worker that owns the queue; nobody else touches a split_t while its ring is started.
 
 Positions run freely modulo 2^16; a slot is position & mask. Invariants:
-    next_used_idx - last_avail_idx  is at most 0 (we never use more than we took), and
+    next_used - last_avail_idx  is at most 0 (we never use more than we took), and
     shadow_avail_idx - last_avail_idx <= num.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from vq_core.arch cimport (vq_fence, vq_load_acquire_u16, vq_load_u16, vq_snapshot16, vq_store_release_u16,
-                           vq_store_u16, vq_store_u64)
+from vq_core.arch cimport (vq_fence, vq_load_acquire_u16, vq_load_u16, vq_prefetch, vq_snapshot16,
+                           vq_store_release_u16, vq_store_u16, vq_store_u64)
+from vq_core.cursor cimport cursor_t
 from vq_core.virtio cimport (VIRTQ_AVAIL_F_NO_INTERRUPT, VIRTQ_USED_F_NO_NOTIFY, virtq_avail_t, virtq_desc_t,
                              virtq_used_t)
 from vq_core.notify cimport notify_crossed
@@ -25,15 +28,17 @@ cdef struct split_t:
     uint16_t mask                 # num - 1
     uint16_t last_avail_idx       # position of the next available entry to take
     uint16_t shadow_avail_idx     # avail->idx as last read
-    uint16_t next_used_idx        # position of the next used element to write
-    uint16_t shadow_used_idx      # used->idx as last published
-    uint16_t signalled_used_idx   # shadow_used_idx at the last decision about a call
+    uint16_t next_used            # position of the next used element to write
+    uint16_t shadow_used          # used->idx as last published
+    uint16_t signalled_used       # shadow_used at the last decision about a call
     bint signalled_valid          # False: no decision since the ring started
     bint event_idx                # VIRTIO_F_EVENT_IDX was negotiated
     bint suppressing              # the driver is asked not to kick
 
+# ---- buffers to take ----
+
 cdef inline int split_available(split_t* ring) noexcept nogil:
-    """Number of entries to take, reading the driver's index anew; -1 if it runs ahead of the ring."""
+    """Number of buffers to take, reading the driver's index anew; -1 if it runs ahead of the ring."""
     # Acquire: pairs with the driver's release of idx; descriptors and ring entries stand before it.
     ring.shadow_avail_idx = vq_load_acquire_u16(&ring.avail.idx)
     cdef uint16_t count = <uint16_t>(ring.shadow_avail_idx - ring.last_avail_idx)
@@ -42,57 +47,103 @@ cdef inline int split_available(split_t* ring) noexcept nogil:
         return -1
     return count
 
-cdef inline int split_ready(split_t* ring) noexcept nogil:
-    """Number of entries to take that are known already, without touching the driver's line."""
+cdef inline int split_known(split_t* ring) noexcept nogil:
+    """Number of buffers to take that are known already, without touching the driver's line."""
     return <uint16_t>(ring.shadow_avail_idx - ring.last_avail_idx)
 
-cdef inline uint16_t split_head(split_t* ring, uint16_t ahead) noexcept nogil:
-    """The head of the entry `ahead` of the next one; any 16-bit value: the caller checks it once."""
-    return vq_load_u16(&ring.avail.ring[<uint16_t>(ring.last_avail_idx + ahead) & ring.mask])
+cdef inline bint split_has_more(split_t* ring) noexcept nogil:
+    """Whether there is more than is known, or an impossible index."""
+    cdef int known = split_known(ring)
+    return split_available(ring) != known
 
-cdef inline void split_take(split_t* ring, uint16_t count) noexcept nogil:
-    ring.last_avail_idx = <uint16_t>(ring.last_avail_idx + count)
+cdef inline int split_ready(split_t* ring, int want) noexcept nogil:
+    """As `split_available`, but without touching the driver's line when `want` buffers are known already."""
+    cdef int count = split_known(ring)
+    return count if count >= want else split_available(ring)
 
-cdef inline void split_untake(split_t* ring, uint16_t count) noexcept nogil:
-    """Give entries back that were taken last and whose used elements were not published."""
-    ring.last_avail_idx = <uint16_t>(ring.last_avail_idx - count)
+cdef inline int split_begin(split_t* ring, cursor_t* cursor, int want) noexcept nogil:
+    """Set the cursor to the next buffer: how many there are (`want` and more are not looked for), -1 as above."""
+    cdef int count = split_ready(ring, want)
+    cursor.taken = cursor.head = cursor.flags = 0
+    cursor.known = <uint16_t>count if count > 0 else 0
+    return count
+
+cdef inline void split_prefetch(split_t* ring, cursor_t* cursor, int count) noexcept nogil:
+    """Bring the descriptors of the next `count` buffers on their way; four lie in a line when they are in order."""
+    cdef int ahead
+    for ahead in range(0, count, 4):
+        vq_prefetch(&ring.desc[vq_load_u16(&ring.avail.ring[<uint16_t>(ring.last_avail_idx + ahead) & ring.mask])
+                               & ring.mask])
+
+cdef inline int split_more(split_t* ring, cursor_t* cursor) noexcept nogil:
+    """Whether there is a buffer at the cursor: 1 or 0, looking anew behind what was known; -1 as above."""
+    cdef int count
+    if cursor.taken < cursor.known:
+        return 1
+    count = split_available(ring)
+    if count < 0:
+        return -1
+    cursor.known = <uint16_t>count
+    return cursor.taken < cursor.known
+
+cdef inline bint split_is_full(split_t* ring, cursor_t* first, cursor_t* cursor) noexcept nogil:
+    """Whether all buffers that the ring can ever hold lie between `first` and the cursor."""
+    return <uint16_t>(cursor.taken - first.taken) >= ring.num
+
+cdef inline int split_look(split_t* ring, cursor_t* cursor, virtq_desc_t* copy) noexcept nogil:
+    """Copy the first descriptor at the cursor (before `known`), once: 1, or -1 for a head outside the ring."""
+    cursor.head = vq_load_u16(&ring.avail.ring[<uint16_t>(ring.last_avail_idx + cursor.taken) & ring.mask])
+    if cursor.head >= ring.num:
+        return -1
+    vq_snapshot16(copy, &ring.desc[cursor.head])
+    return 1
+
+cdef inline void split_use(split_t* ring, cursor_t* cursor, uint16_t id, uint32_t length,
+                           uint16_t slots) noexcept nogil:
+    """Take the buffer at the cursor, and note its used element, which the driver sees with `split_publish`."""
+    vq_store_u64(&ring.used.ring[<uint16_t>(ring.next_used + cursor.taken) & ring.mask],
+                 <uint64_t>cursor.head | <uint64_t>length << 32)
+    cursor.taken += 1
+
+cdef inline void split_commit(split_t* ring, cursor_t* cursor) noexcept nogil:
+    """What the cursor has passed is taken."""
+    ring.last_avail_idx = <uint16_t>(ring.last_avail_idx + cursor.taken)
+    ring.next_used = <uint16_t>(ring.next_used + cursor.taken)
+
+cdef inline uint16_t split_position(split_t* ring, cursor_t* cursor) noexcept nogil:
+    """Where to publish to so that everything before the cursor is used."""
+    return <uint16_t>(ring.next_used + cursor.taken)
 
 cdef inline void split_descriptor(split_t* ring, uint16_t index, virtq_desc_t* copy) noexcept nogil:
     """Copy descriptor `index` (< num, checked by the caller) out of the table, once."""
     vq_snapshot16(copy, &ring.desc[index])
 
-cdef inline void split_put_used(split_t* ring, uint16_t ahead, uint32_t head, uint32_t length) noexcept nogil:
-    """Write the used element `ahead` of the next one; the driver sees it with `split_publish`."""
-    vq_store_u64(&ring.used.ring[<uint16_t>(ring.next_used_idx + ahead) & ring.mask],
-                 <uint64_t>head | <uint64_t>length << 32)
-
-cdef inline void split_advance_used(split_t* ring, uint16_t count) noexcept nogil:
-    ring.next_used_idx = <uint16_t>(ring.next_used_idx + count)
+# ---- buffers that were used ----
 
 cdef inline void split_publish(split_t* ring, uint16_t position) noexcept nogil:
     """Expose all used elements before `position`: one index store."""
     # Release: pairs with the driver's acquire of used->idx; elements, buffers and log bits stand before it.
     vq_store_release_u16(&ring.used.idx, position)
-    ring.shadow_used_idx = position
+    ring.shadow_used = position
+
+# ---- notifications ----
+
+cdef inline bint split_undecided(split_t* ring) noexcept nogil:
+    """Whether something was published since the last decision about a call."""
+    return ring.shadow_used != ring.signalled_used or not ring.signalled_valid
 
 cdef inline bint split_needs_call(split_t* ring) noexcept nogil:
     """Whether the driver wants a call for what was published since the last decision (2.7.7.2)."""
-    cdef uint16_t old
-    cdef bint first
-    if ring.shadow_used_idx == ring.signalled_used_idx and ring.signalled_valid:
-        return False
+    cdef uint16_t old = ring.signalled_used
+    cdef bint first = not ring.signalled_valid
     # Pairs with the driver's fence between writing used_event (or flags) and reading used->idx:
     # one of the two sides sees the other's store.
     vq_fence()
-    if not ring.event_idx:
-        ring.signalled_used_idx = ring.shadow_used_idx
-        ring.signalled_valid = True
-        return not (vq_load_u16(&ring.avail.flags) & VIRTQ_AVAIL_F_NO_INTERRUPT)
-    old = ring.signalled_used_idx
-    first = not ring.signalled_valid
-    ring.signalled_used_idx = ring.shadow_used_idx
+    ring.signalled_used = ring.shadow_used
     ring.signalled_valid = True
-    return first or notify_crossed(vq_load_u16(&ring.avail.ring[ring.num]), ring.shadow_used_idx, old)
+    if not ring.event_idx:
+        return not (vq_load_u16(&ring.avail.flags) & VIRTQ_AVAIL_F_NO_INTERRUPT)
+    return first or notify_crossed(vq_load_u16(&ring.avail.ring[ring.num]), ring.shadow_used, old)
 
 cdef inline void split_suppress_kicks(split_t* ring) noexcept nogil:
     """Ask the driver not to kick (2.7.10): with EVENT_IDX by leaving avail_event behind."""
@@ -102,7 +153,7 @@ cdef inline void split_suppress_kicks(split_t* ring) noexcept nogil:
             vq_store_u16(&ring.used.flags, VIRTQ_USED_F_NO_NOTIFY)
 
 cdef inline void split_request_kick(split_t* ring) noexcept nogil:
-    """Ask for a kick at the next available entry; look at the ring once more afterwards."""
+    """Ask for a kick at the next available buffer; look at the ring once more afterwards."""
     ring.suppressing = False
     if ring.event_idx:
         # avail_event lies behind the last used element; mid-burst it names what comes after what we know.

@@ -28,7 +28,7 @@ from vq_core.offload cimport offload_t
 from vq_core.port cimport BURST_MAX, burst_t, endpoint_t, packet_t
 
 cdef enum:
-    SWITCH_PORTS_MAX = 512
+    SWITCH_PORTS_MAX = 4096
     SWITCH_WAYS = 4
     SWITCH_BUCKET_BITS = 13
     SWITCH_BUCKETS = 8192        # 1 << SWITCH_BUCKET_BITS
@@ -52,6 +52,8 @@ cdef struct switch_t:
 
 cdef struct switch_lane_t:
     int port_count
+    int member_count
+    int* members                 # [member_count]: ports that the lane reaches, so that a flood visits no idle one
     endpoint_t** endpoints       # [port_count]: this worker's way into each port; NULL: it has none
     uint32_t* masks              # [port_count]: packets of the burst at hand; all zero between two bursts
     packet_t gathered[BURST_MAX]

@@ -185,8 +185,9 @@ cdef int switch_forward(switch_t* switch, switch_lane_t* lane, burst_t* burst, i
         lane.masks[port] |= <uint32_t>1 << i
     if floods:
         n = vq_bit_count(floods)
-        for port in range(lane.port_count):
-            if port == source_port or lane.endpoints[port] == NULL:
+        for i in range(<uint32_t>lane.member_count):
+            port = lane.members[i]
+            if port == source_port:
                 continue
             reached += 1
             if lane.masks[port]:
@@ -212,7 +213,7 @@ cdef class Switch:
     Parameters
     ----------
     port_count : int
-        Ports, 1 to 512; ports are numbered from 0.
+        Ports, 1 to 4096; ports are numbered from 0.
     age_s : int
         Seconds after which an address that is not heard of is forgotten, 1 to 1,000,000 (802.1Q allows no more).
 
@@ -346,7 +347,8 @@ cdef class SwitchLane:
         self.lane.port_count = switch.table.port_count
         self.lane.endpoints = <endpoint_t**>calloc(self.lane.port_count, sizeof(endpoint_t*))
         self.lane.masks = <uint32_t*>calloc(self.lane.port_count, sizeof(uint32_t))
-        if self.lane.endpoints == NULL or self.lane.masks == NULL:
+        self.lane.members = <int*>calloc(self.lane.port_count, sizeof(int))
+        if self.lane.endpoints == NULL or self.lane.masks == NULL or self.lane.members == NULL:
             raise MemoryError("lane")
         for i, member in enumerate(self.members):
             if member is None:
@@ -355,7 +357,10 @@ cdef class SwitchLane:
             if not 0 <= index < port.endpoint_count:
                 raise IndexError(f"lane: {port.name}: endpoint {index} of {port.endpoint_count}")
             self.lane.endpoints[i] = port.endpoints[index]
+            self.lane.members[self.lane.member_count] = i
+            self.lane.member_count += 1
 
     def __dealloc__(self):
         free(self.lane.endpoints)
         free(self.lane.masks)
+        free(self.lane.members)

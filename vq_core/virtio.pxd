@@ -1,6 +1,6 @@
 """The structures and constants of the specifications, as they name them.
 
-VIRTIO 1.3: 2.7 (split virtqueues), 5.1.6 (virtio-net header). All fields are little-endian;
+VIRTIO 1.3: 2.7 (split virtqueues), 2.8 (packed virtqueues), 5.1.6 (virtio-net header). All fields are little-endian;
 vq runs on little-endian hosts only (vq_core/__init__.py refuses to load elsewhere).
 Sizes are asserted when vq_core.queue is imported.
 """
@@ -30,6 +30,16 @@ cdef struct virtq_used_t:             # ring has num entries, then avail_event
     uint16_t idx
     virtq_used_elem_t ring[1]
 
+cdef struct virtq_packed_desc_t:      # 2.8.13
+    gpa_t addr
+    uint32_t len
+    uint16_t id
+    uint16_t flags
+
+cdef struct virtq_packed_event_t:     # 2.8.14: of the driver (avail address) and of the device (used address)
+    uint16_t off_wrap                 # slot in bits 0 to 14, wrap counter in bit 15
+    uint16_t flags
+
 cdef struct virtio_net_hdr_t:         # 5.1.6, with num_buffers
     uint8_t flags
     uint8_t gso_type
@@ -43,6 +53,11 @@ cdef enum:
     VIRTQ_DESC_F_NEXT = 1
     VIRTQ_DESC_F_WRITE = 2
     VIRTQ_DESC_F_INDIRECT = 4
+    VIRTQ_PACKED_DESC_F_AVAIL = 0x80
+    VIRTQ_PACKED_DESC_F_USED = 0x8000
+    VIRTQ_PACKED_EVENT_FLAG_ENABLE = 0
+    VIRTQ_PACKED_EVENT_FLAG_DISABLE = 1
+    VIRTQ_PACKED_EVENT_FLAG_DESC = 2
     VIRTQ_AVAIL_F_NO_INTERRUPT = 1
     VIRTQ_USED_F_NO_NOTIFY = 1
     VIRTQ_SIZE_MAX = 32768            # 2.7: "Queue Size ... maximum value is 32768"

@@ -24,7 +24,7 @@ from vq_core.switch cimport switch_lane_t, switch_t
 cdef enum:
     NEED_MAX = 44                # buffers of 1.5 KiB for a packet of 64 KiB
     PATIENCE_CYCLES = 10000000   # about 4 ms: a guest that is busy elsewhere comes back by then
-    SUB_BURST = 8                # packets published at once while both ends are rings of guests
+    SUB_BURST = 8                # packets published at once while both ends are rings of guests, by default
 
 cdef struct flow_t:
     endpoint_t* source
@@ -63,11 +63,13 @@ cdef struct worker_t:
 
 cdef class Plan:
     cdef plan_t plan
-    cdef list keep               # ports, switch and lanes that the plan points into
-    cdef readonly list owned     # (port, endpoint index) of each endpoint
+    cdef list keep               # lanes, and with these the switch, that the plan points into
+    cdef dict _owned             # (port, endpoint index) of each endpoint, by the endpoint's address
 
     cdef endpoint_t* _endpoint(self, Port port, int index) except NULL
     cdef int _own(self, Port port, int index) except -1
+    cdef bint _holds(self) noexcept
+    cdef int _find_heirs(self, Plan old, int* heirs) except -1
 
 cdef class Worker:
     cdef worker_t* worker

@@ -6,7 +6,9 @@ from vq_core.switch import SwitchLane
 
 class Plan:
     owned: list[tuple[Port, int]]
-    def __init__(self, flows: Iterable[tuple[Port, int, Port | SwitchLane, int]] = ()) -> None: ...
+    def __init__(
+        self, flows: Iterable[tuple[Port, int, Port | SwitchLane, int]] = (), *, sub_burst: int = 8
+    ) -> None: ...
 
 class Worker:
     cpu: int | None

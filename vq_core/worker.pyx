@@ -1,9 +1,10 @@
 """The worker loop; the only place that gives up the GIL for long."""
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
-from vq_core.counters cimport DROP_NO_DESCRIPTORS
+from vq_core.counters cimport DROP_NO_DESCRIPTORS, counters_round
 from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
 from vq_core.offload cimport Offload, offload_push
@@ -87,6 +88,7 @@ cdef int _run_flow(worker_t* worker, flow_t* flow, uint64_t now) noexcept nogil:
     if flow.held_at >= 0:
         first = flow.held_at
     elif source.pull(source, burst, limit) == 0:
+        source.pulled.empty_polls += 1
         return 0
     if flow.patient:
         flow.need = NEED_MAX if burst.wants & ~<uint32_t>OFFLOAD_CSUM else 1
@@ -107,6 +109,13 @@ cdef int _run_flow(worker_t* worker, flow_t* flow, uint64_t now) noexcept nogil:
     if source != target:
         source.flush(source)
     return count
+
+
+cdef inline void _account(flow_t* flow, int moved, uint64_t cycles) noexcept nogil:
+    """Note on both ends what a round of a flow moved and cost."""
+    counters_round(flow.source.pulled, <uint32_t>moved, cycles)
+    if flow.target != NULL:
+        counters_round(flow.target.pushed, <uint32_t>moved, cycles)
 
 
 # ---- the loop ----
@@ -143,7 +152,7 @@ cdef void _sleep(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
 
 
 cdef void _loop(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
-    cdef int i, work, empty = 0
+    cdef int i, moved, work, empty = 0
     cdef uint64_t now, last = vq_cycles(), idle_since = last
     cdef plan_t* plan
     while True:
@@ -153,13 +162,19 @@ cdef void _loop(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
         plan = worker.plan
         work = 0
         for i in range(plan.flow_count):
-            work += _run_flow(worker, &plan.flows[i], last)
-        now = vq_cycles()
+            moved = _run_flow(worker, &plan.flows[i], last)
+            if moved == 0:
+                continue
+            work += moved
+            now = vq_cycles()
+            _account(&plan.flows[i], moved, now - last)
+            worker.busy_cycles += now - last
+            last = now
         worker.rounds += 1
         if work:
-            worker.busy_cycles += now - last
             empty = 0
         else:
+            now = vq_cycles()
             worker.idle_cycles += now - last
             worker.empty_rounds += 1
             if empty == 0:
@@ -170,33 +185,32 @@ cdef void _loop(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
                 _sleep(worker, mailbox)
                 now = vq_cycles()
                 empty = 0
-        last = now
+            last = now
 
 
 # ---- changes, run at a burst boundary ----
 
-cdef bint _in_plan(plan_t* plan, endpoint_t* endpoint) noexcept nogil:
-    cdef int i
-    for i in range(plan.endpoint_count):
-        if plan.endpoints[i] == endpoint:
-            return True
-    return False
+cdef struct plan_change_t:
+    # What the control thread has found out beforehand, so that the worker is held up by what changes alone.
+    plan_t* plan
+    endpoint_t** leaving         # endpoints that the new plan has not
+    int leaving_count
+    endpoint_t** coming          # and those that the old one had not
+    int coming_count
+    int* heirs                   # by flow of the old plan: the same flow of the new one, or -1; NULL: no flow holds
 
 
-cdef void _keep_held(plan_t* old, plan_t* new) noexcept nogil:
+cdef void _keep_held(plan_t* old, plan_t* new, int* heirs) noexcept nogil:
     """Hand packets that wait for room over to the same flow of the new plan; release the others."""
-    cdef int i, j
+    cdef int i
     cdef flow_t* flow
     cdef flow_t* heir
     for i in range(old.flow_count):
         flow = &old.flows[i]
         if flow.held_at < 0:
             continue
-        heir = NULL
-        for j in range(new.flow_count):
-            if new.flows[j].source == flow.source and new.flows[j].target == flow.target:
-                heir = &new.flows[j]
-        if heir != NULL:
+        if heirs[i] >= 0:
+            heir = &new.flows[heirs[i]]
             heir.held, flow.held = flow.held, heir.held
             heir.held_at = flow.held_at
             heir.waiting = True
@@ -208,17 +222,15 @@ cdef void _keep_held(plan_t* old, plan_t* new) noexcept nogil:
 
 cdef void _change_plan(void* target, void* argument) noexcept nogil:
     cdef worker_t* worker = <worker_t*>target
-    cdef plan_t* old = worker.plan
-    cdef plan_t* new = <plan_t*>argument
+    cdef plan_change_t* change = <plan_change_t*>argument
     cdef int i
-    _keep_held(old, new)
-    for i in range(old.endpoint_count):
-        if not _in_plan(new, old.endpoints[i]):
-            old.endpoints[i].attach(old.endpoints[i], -1)
-    for i in range(new.endpoint_count):
-        if not _in_plan(old, new.endpoints[i]):
-            new.endpoints[i].attach(new.endpoints[i], worker.epoll_fd)
-    worker.plan = new
+    if change.heirs != NULL:
+        _keep_held(worker.plan, change.plan, change.heirs)
+    for i in range(change.leaving_count):
+        change.leaving[i].attach(change.leaving[i], -1)
+    for i in range(change.coming_count):
+        change.coming[i].attach(change.coming[i], worker.epoll_fd)
+    worker.plan = change.plan
 
 
 cdef void _stop(void* target, void* argument) noexcept nogil:
@@ -233,16 +245,26 @@ cdef class Plan:
     flows : sequence of (source, source_index, target, target_index)
         `source` is a Port; `target` a Port, or a SwitchLane and then `target_index` is the index of the source's
         port in the switch. Indices are endpoints (queue pairs).
+    sub_burst : int
+        Packets published at once where both ends are rings of guests, 1 to 32.
+
+    Raises
+    ------
+    ValueError
+        `sub_burst` is out of range.
     """
 
-    def __cinit__(self, flows=()):
+    def __cinit__(self, flows=(), *, int sub_burst=SUB_BURST):
         cdef int i = 0
         cdef flow_t* flow
         cdef Port source, target
         cdef SwitchLane lane
+        if not 1 <= sub_burst <= BURST_MAX:
+            raise ValueError(f"sub_burst {sub_burst} is not from 1 to {BURST_MAX} packets")
+        lanes = set()
         flows = list(flows)
         self.keep = []
-        self.owned = []
+        self._owned = {}
         self.plan.flows = <flow_t*>calloc(len(flows) + 1, sizeof(flow_t))
         if self.plan.flows == NULL:
             raise MemoryError("plan")
@@ -256,16 +278,18 @@ cdef class Plan:
                 flow.via = &lane.switch.table
                 flow.lane = &lane.lane
                 flow.source_port = target_index
-                self.keep.append(lane)
-                for member in lane.members:
-                    if member is not None:
-                        self._own(member[0], member[1])
+                if lane not in lanes:            # most flows share one lane, which may have hundreds of members
+                    lanes.add(lane)
+                    self.keep.append(lane)
+                    for member in lane.members:
+                        if member is not None:
+                            self._own(member[0], member[1])
             else:
                 target = target_object
                 flow.target = self._endpoint(target, target_index)
                 self._own(target, target_index)
                 if not flow.source.holds and not flow.target.holds:
-                    flow.step = SUB_BURST
+                    flow.step = sub_burst
                     flow.patient = True
                     flow.need = 1
                 if flow.source.holds:
@@ -275,13 +299,17 @@ cdef class Plan:
             self._own(source, source_index)
             i += 1
             self.plan.flow_count = i
-        self.plan.endpoints = <endpoint_t**>calloc(len(self.owned) + 1, sizeof(endpoint_t*))
+        self.plan.endpoints = <endpoint_t**>calloc(len(self._owned) + 1, sizeof(endpoint_t*))
         if self.plan.endpoints == NULL:
             raise MemoryError("plan")
-        for i in range(len(self.owned)):
-            source, source_index = self.owned[i]
-            self.plan.endpoints[i] = self._endpoint(source, source_index)
-        self.plan.endpoint_count = len(self.owned)
+        for source, source_index in self._owned.values():
+            self.plan.endpoints[self.plan.endpoint_count] = self._endpoint(source, source_index)
+            self.plan.endpoint_count += 1
+
+    @property
+    def owned(self):
+        """list of (Port, int): each endpoint of the plan, once."""
+        return list(self._owned.values())
 
     cdef endpoint_t* _endpoint(self, Port port, int index) except NULL:
         if not 0 <= index < port.endpoint_count:
@@ -289,9 +317,27 @@ cdef class Plan:
         return port.endpoints[index]
 
     cdef int _own(self, Port port, int index) except -1:
-        if not any(owner is port and number == index for owner, number in self.owned):
-            self.owned.append((port, index))
-            self.keep.append(port)
+        self._owned[<uintptr_t>self._endpoint(port, index)] = (port, index)
+        return 0
+
+    cdef bint _holds(self) noexcept:
+        cdef int i
+        for i in range(self.plan.flow_count):
+            if self.plan.flows[i].held != NULL:
+                return True
+        return False
+
+    cdef int _find_heirs(self, Plan old, int* heirs) except -1:
+        """Which flow of this plan is the same as each of the old one; -1: none."""
+        cdef int i
+        cdef flow_t* flow
+        flows = {}
+        for i in range(self.plan.flow_count):
+            flow = &self.plan.flows[i]
+            flows[<uintptr_t>flow.source, <uintptr_t>flow.target] = i
+        for i in range(old.plan.flow_count):
+            flow = &old.plan.flows[i]
+            heirs[i] = flows.get((<uintptr_t>flow.source, <uintptr_t>flow.target), -1)
         return 0
 
     def __dealloc__(self):
@@ -301,6 +347,17 @@ cdef class Plan:
                 free(self.plan.flows[i].held)
         free(self.plan.flows)
         free(self.plan.endpoints)
+
+
+cdef endpoint_t** _endpoints(list owned, int* count) except NULL:
+    """An array of endpoints, to be freed by the caller."""
+    cdef endpoint_t** found = <endpoint_t**>calloc(len(owned) + 1, sizeof(endpoint_t*))
+    if found == NULL:
+        raise MemoryError("plan")
+    for port, index in owned:
+        found[count[0]] = (<Port>port).endpoints[<int>index]
+        count[0] += 1
+    return found
 
 
 cdef class Worker:
@@ -347,7 +404,7 @@ cdef class Worker:
         """Close the worker's descriptors, after `run` has returned and its plan is empty; may be called twice."""
         if vq_load_u32(&self.mailbox.box.running):
             raise ValueError("the worker runs; stop it first")
-        if self._plan.owned:
+        if self._plan._owned:
             raise ValueError("the worker still has flows; set an empty plan first")
         self.mailbox.box.epoll_fd = -1
         self.mailbox.close()
@@ -376,17 +433,33 @@ cdef class Worker:
         An endpoint that another worker has must be taken out of that worker's plan first.
         """
         cdef Plan old = self._plan
-        for port, index in plan.owned:
+        cdef plan_change_t change
+        coming = [plan._owned[key] for key in plan._owned.keys() - old._owned.keys()]
+        leaving = [old._owned[key] for key in old._owned.keys() - plan._owned.keys()]
+        for port, index in coming:
             owner = (<Port>port).mailboxes[index]
             if owner is not None and owner is not self.mailbox:
                 raise ValueError(f"{port.name}: endpoint {index} belongs to another worker")
-        handover_run(self.mailbox, _change_plan, self.worker, &plan.plan)
+        memset(&change, 0, sizeof(change))
+        change.plan = &plan.plan
+        try:
+            change.coming = _endpoints(coming, &change.coming_count)
+            change.leaving = _endpoints(leaving, &change.leaving_count)
+            if old._holds():
+                change.heirs = <int*>calloc(old.plan.flow_count, sizeof(int))
+                if change.heirs == NULL:
+                    raise MemoryError("plan")
+                plan._find_heirs(old, change.heirs)
+            handover_run(self.mailbox, _change_plan, self.worker, &change)
+        finally:
+            free(change.coming)
+            free(change.leaving)
+            free(change.heirs)
         self._plan = plan
-        for port, index in plan.owned:
+        for port, index in coming:
             (<Port>port).adopt(index, self.mailbox)
-        for port, index in old.owned:
-            if not any(owner is port and number == index for owner, number in plan.owned):
-                (<Port>port).adopt(index, None)
+        for port, index in leaving:
+            (<Port>port).adopt(index, None)
 
     def snapshot(self):
         """dict: cpu, rounds, empty_rounds, busy_cycles, idle_cycles, sleeps since the start."""

@@ -38,6 +38,12 @@ VQ_INLINE void vq_store_u64(volatile void *p, uint64_t v) {
 VQ_INLINE uint64_t vq_load_u64(const volatile void *p) {
     return __atomic_load_n((const volatile uint64_t *)p, __ATOMIC_RELAXED);
 }
+VQ_INLINE uint64_t vq_load_acquire_u64(const volatile void *p) {
+    return __atomic_load_n((const volatile uint64_t *)p, __ATOMIC_ACQUIRE);
+}
+VQ_INLINE void vq_store_release_u64(volatile void *p, uint64_t v) {
+    __atomic_store_n((volatile uint64_t *)p, v, __ATOMIC_RELEASE);
+}
 VQ_INLINE uint32_t vq_load_acquire_u32(const volatile void *p) {
     return __atomic_load_n((const volatile uint32_t *)p, __ATOMIC_ACQUIRE);
 }
@@ -49,6 +55,9 @@ VQ_INLINE void vq_store_release_u32(volatile void *p, uint32_t v) {
 }
 VQ_INLINE uint32_t vq_exchange_u32(volatile void *p, uint32_t v) {
     return __atomic_exchange_n((volatile uint32_t *)p, v, __ATOMIC_SEQ_CST);
+}
+VQ_INLINE uint8_t vq_load_u8(const volatile void *p) {
+    return __atomic_load_n((const volatile uint8_t *)p, __ATOMIC_RELAXED);
 }
 VQ_INLINE void vq_or_u8(volatile void *p, uint8_t v) {
     __atomic_fetch_or((volatile uint8_t *)p, v, __ATOMIC_RELAXED);
@@ -74,6 +83,8 @@ VQ_INLINE uint64_t vq_cycles(void) {
     return 0;
 #endif
 }
+/* Position of the highest bit that is set; v > 0. */
+VQ_INLINE uint32_t vq_log2(uint32_t v) { return 31u - (uint32_t)__builtin_clz(v); }
 VQ_INLINE void vq_prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 VQ_INLINE void vq_prefetch_write(const void *p) { __builtin_prefetch(p, 1, 3); }
 

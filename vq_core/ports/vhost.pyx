@@ -2,29 +2,35 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from vq_core.arch cimport (vq_copy, vq_load_u32, vq_prefetch, vq_prefetch_write, vq_put_u16, vq_put_u32, vq_put_u64,
-                           vq_snapshot_u16, vq_snapshot_u32, vq_snapshot_u64)
-from vq_core.chain cimport chain_begin, chain_next, chain_t
+from vq_core.arch cimport (vq_copy, vq_fence, vq_load_u32, vq_prefetch, vq_prefetch_write, vq_put_u16, vq_put_u32,
+                           vq_put_u64, vq_snapshot_u16, vq_snapshot_u32, vq_snapshot_u64)
+from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t
 from vq_core.counters cimport (DROP_DISABLED, DROP_MTU, DROP_NOT_CONNECTED, DROP_SEGMENTS, DROP_TOO_LONG,
                                DROP_TOO_SHORT)
-from vq_core.dirty cimport dirty_mark
+from vq_core.cursor cimport cursor_t
+from vq_core.dirty cimport dirty_mark, dirty_mark_fenced
 from vq_core.handover cimport Mailbox, handover_run
-from vq_core.memory cimport memory_lost, memory_translate, memory_translate_part
+from vq_core.memory cimport memory_lost, memory_translate_near, memory_translate_part, region_t
 from vq_core.net cimport net_accepts, net_header_bytes, net_header_check, net_offers
+from vq_core.notify cimport notify_signal
+from vq_core.packed cimport PACKED_HOLD
 from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, PACKET_MAX, SEGMENTS_MAX, Port, burst_t, endpoint_t, packet_t)
-from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_LOOP,
-                            BROKEN_MEMORY_LOST, BROKEN_NOT, CHANGE_EPOLL, Queue, queue_apply, queue_break,
+from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_ID,
+                            BROKEN_LOOP, BROKEN_MEMORY_LOST, BROKEN_NOT, CHANGE_EPOLL, Queue, queue_apply, queue_break,
                             queue_change_t, queue_flush, queue_publish, queue_request_kick, queue_t)
-from vq_core.split cimport (split_advance_used, split_available, split_descriptor, split_head, split_put_used,
-                            split_ready, split_suppress_kicks, split_t, split_take)
+from vq_core.ring cimport (ring_begin, ring_commit, ring_has_more, ring_is_full, ring_known, ring_look, ring_more,
+                           ring_next_used, ring_position, ring_prefetch, ring_ready, ring_shadow_used,
+                           ring_suppress_kicks, ring_t, ring_use)
 from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE,
                              gpa_t, has_feature, virtio_net_hdr_t, virtq_desc_t)
 
 cdef enum:
+    HEADER_MIN = 10
     HEADER_MAX = 12
     STEPS_BURST = 4096           # descriptors walked before a pull ends its burst (fairness)
     STEPS_PUSH = 4096            # descriptors walked by the slow path before a push ends (fairness)
     STEPS_PACKET = 65536         # descriptors walked for one push before the ring is broken
+    HEADER_IS_COPIED = 0xffff    # packet.wants between the passes of a pull: the slow path has copied the header
     ROOM_ENOUGH = 64             # buffers: more than anybody asks for at once (a burst, a worker's NEED_MAX)
 
 # Outcomes of the slow paths for one packet.
@@ -46,7 +52,7 @@ cdef void _no_entries(queue_t* queue, int available) noexcept nogil:
     if _lost(queue):
         queue_break(queue, BROKEN_MEMORY_LOST, 0)
     elif available < 0:
-        queue_break(queue, BROKEN_AVAIL_IDX, queue.ring.shadow_avail_idx)
+        queue_break(queue, BROKEN_AVAIL_IDX, queue.ring.split.shadow_avail_idx)
 
 
 # ---- transmitq: pull ----
@@ -54,7 +60,6 @@ cdef void _no_entries(queue_t* queue, int available) noexcept nogil:
 cdef inline bint _header_asks(packet_t* packet, uint8_t* host) noexcept nogil:
     """Copy the header at `host` once; whether it asks for anything. If not, the packet's header is all zero."""
     cdef uint64_t word = vq_snapshot_u64(host)
-    packet.wants = 0
     if not word & 0xffff:        # flags and gso_type
         (<uint64_t*>&packet.header)[0] = 0
         (<uint32_t*>&packet.header)[2] = 0
@@ -64,10 +69,9 @@ cdef inline bint _header_asks(packet_t* packet, uint8_t* host) noexcept nogil:
     return True
 
 
-cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, uint16_t head, uint32_t header_bytes,
-                     uint32_t* steps) noexcept nogil:
+cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, chain_t* chain,
+                     uint32_t header_bytes) noexcept nogil:
     """Fill `packet` from any chain, its header into packet.header: DONE, DROPPED, BROKE or BURST_FULL."""
-    cdef chain_t chain
     cdef virtq_desc_t descriptor
     cdef uint8_t header[HEADER_MAX]
     cdef uint8_t* host
@@ -76,12 +80,11 @@ cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, uint16_t 
     cdef uint32_t in_header = 0, segments = 0, first = burst.segment_count
     cdef uint64_t length = 0
     cdef int step
-    chain_begin(&chain, queue, head)
     packet.data = NULL
     packet.head_bytes = 0
     packet.more = &burst.segments[first]
     while True:
-        step = chain_next(&chain, queue, &descriptor)
+        step = chain_next(chain, queue, &descriptor)
         if step <= 0:
             break
         if descriptor.flags & VIRTQ_DESC_F_WRITE:
@@ -89,12 +92,12 @@ cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, uint16_t 
         addr = descriptor.addr
         left = descriptor.len
         if addr + left < addr:
-            queue_break(queue, BROKEN_ADDRESS, head)
+            queue_break(queue, BROKEN_ADDRESS, chain.id)
             return BROKE
         while left > 0:
             host = memory_translate_part(queue.memory, &queue.hint, addr, left, &part)
             if host == NULL:
-                queue_break(queue, BROKEN_ADDRESS, head)
+                queue_break(queue, BROKEN_ADDRESS, chain.id)
                 return BROKE
             addr += part
             left -= part
@@ -122,9 +125,8 @@ cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, uint16_t 
                 return BURST_FULL    # an emptier burst may hold it
             else:
                 segments = SEGMENTS_MAX + 1
-    steps[0] += queue.ring.num - chain.budget if chain.table_count == 0 else chain.table_count - chain.budget
     if step < 0:
-        queue_break(queue, chain.broken, head)
+        queue_break(queue, chain.broken, chain.id)
         return BROKE
     if length == 0 or length > PACKET_MAX or segments > SEGMENTS_MAX:
         queue.counters.dropped[DROP_TOO_SHORT if length == 0 else
@@ -134,29 +136,43 @@ cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, uint16_t 
     packet.more_count = segments
     burst.segment_count = first + segments
     memcpy(&packet.header, header, 10)
-    packet.wants = 0
     return DONE
+
+
+cdef inline bint _id_is_wrong(queue_t* queue, bint packed, uint16_t id) noexcept nogil:
+    """Break a packed ring for a buffer id outside of it (the head of a split one is checked when it is read)."""
+    if packed and id >= queue.ring.num:
+        queue_break(queue, BROKEN_ID, id)
+        return True
+    return False
 
 
 cdef int _discard(queue_t* queue) noexcept nogil:
     """A started but disabled transmitq: consume without side effects (vhost-user, "Ring states")."""
-    cdef split_t* ring = &queue.ring
-    cdef int available = split_available(ring), i
-    cdef uint16_t head
+    cdef bint packed = queue.ring.is_packed
+    cdef chain_t chain
+    cdef cursor_t cursor
+    cdef virtq_desc_t descriptor
+    cdef int available = ring_begin(&queue.ring, packed, &cursor, BURST_MAX), status
     if available <= 0:
         _no_entries(queue, available)
         return 0
-    available = min(available, BURST_MAX)
-    for i in range(available):
-        head = split_head(ring, <uint16_t>i)
-        if head >= ring.num:
-            queue_break(queue, BROKEN_HEAD, head)
-            return 0
-        split_put_used(ring, <uint16_t>i, head, 0)
-    split_take(ring, <uint16_t>available)
-    split_advance_used(ring, <uint16_t>available)
-    queue.counters.dropped[DROP_DISABLED] += available
-    queue_publish(queue, ring.next_used_idx)
+    while <int>cursor.taken < min(available, BURST_MAX):
+        status = ring_look(&queue.ring, packed, &cursor, &descriptor)
+        if status < 0:
+            queue_break(queue, BROKEN_HEAD, cursor.head)
+        if status <= 0:
+            break
+        chain_begin(&chain, queue, cursor.head, &descriptor)
+        if packed and (chain_next(&chain, queue, &descriptor) < 0 or chain_end(&chain, queue) < 0):
+            queue_break(queue, chain.broken, chain.id)
+            break
+        if _id_is_wrong(queue, packed, chain.id):
+            break
+        ring_use(&queue.ring, packed, &cursor, chain.id, 0, chain.slots)
+    ring_commit(&queue.ring, packed, &cursor)
+    queue.counters.dropped[DROP_DISABLED] += cursor.taken
+    queue_publish(queue, packed, ring_next_used(&queue.ring, packed))
     queue_flush(queue)
     return 0
 
@@ -168,23 +184,111 @@ cdef int _pull_rarp(pair_t* pair, burst_t* burst) noexcept nogil:
     memset(packet, 0, sizeof(packet_t))
     packet.data = pair.rarp
     packet.head_bytes = packet.length = RARP_BYTES
-    packet.mark = pair.transmitq.ring.shadow_used_idx
+    packet.mark = ring_shadow_used(&pair.transmitq.ring, pair.transmitq.ring.is_packed)
     burst.count = 1
+    if not pair.transmitq.started:
+        notify_signal(pair.transmitq.report_fd)  # the control thread may take the pair out of its worker's flows again
     return 1
+
+
+cdef inline int _pull_live(queue_t* queue, bint packed, uint32_t header_bytes, burst_t* burst,
+                           int limit) noexcept nogil:
+    """Pull from a live transmitq; `packed` and `header_bytes` are literals."""
+    cdef ring_t* ring = &queue.ring
+    cdef region_t near = queue.hint[0]
+    cdef uint32_t steps = 0
+    cdef int available, i, kept = 0, status, cause
+    cdef uint64_t total = 0
+    cdef cursor_t cursor, slow
+    cdef chain_t chain
+    cdef virtq_desc_t descriptor
+    cdef packet_t* packet = burst.packets
+    cdef packet_t* end
+    cdef uint8_t* host
+    available = ring_begin(ring, packed, &cursor, limit)
+    if available <= 0:
+        _no_entries(queue, available)
+        return 0
+    if available > limit:
+        available = limit
+    if _lost(queue):
+        queue_break(queue, BROKEN_MEMORY_LOST, 0)
+        return 0
+    ring_suppress_kicks(ring, packed)
+    ring_prefetch(ring, packed, &cursor, available)
+    # First pass: heads and descriptors, each read once. The lines behind them are on their way meanwhile.
+    while <int>cursor.taken < available:
+        status = ring_look(ring, packed, &cursor, &descriptor)
+        if status < 0:
+            queue_break(queue, BROKEN_HEAD, cursor.head)
+        if status <= 0:
+            break
+        # One test for three: plain readable descriptor, longer than the header, not above the largest packet.
+        if (not descriptor.flags & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_INDIRECT | VIRTQ_DESC_F_WRITE)) & \
+                (descriptor.len - header_bytes - 1 < PACKET_MAX):
+            host = memory_translate_near(queue.memory, &queue.hint, &near, descriptor.addr, descriptor.len)
+            if host != NULL:
+                if _id_is_wrong(queue, packed, descriptor.next):
+                    break
+                vq_prefetch(host)
+                vq_prefetch(host + header_bytes)
+                packet.data = host + header_bytes
+                packet.head_bytes = descriptor.len - header_bytes
+                packet.length = descriptor.len - header_bytes
+                packet.more_count = 0
+                packet.wants = 0
+                ring_use(ring, packed, &cursor, descriptor.next, 0, 1)
+                packet.mark = ring_position(ring, packed, &cursor)
+                packet += 1
+                continue
+        if steps > STEPS_BURST:
+            break
+        slow = cursor
+        chain_begin(&chain, queue, slow.head, &descriptor)
+        status = _pull_chain(queue, burst, packet, &chain, header_bytes)
+        steps += chain.steps
+        if status == BROKE or status == BURST_FULL or _id_is_wrong(queue, packed, chain.id):
+            break
+        ring_use(ring, packed, &slow, chain.id, 0, chain.slots)
+        cursor = slow
+        if status == DONE:
+            packet.wants = HEADER_IS_COPIED
+            packet.mark = ring_position(ring, packed, &cursor)
+            packet += 1
+    if packed and cursor.taken == BURST_MAX:
+        ring.packed.hold = PACKED_HOLD
+    ring_commit(ring, packed, &cursor)
+    # Second pass: headers, each copied once.
+    end = packet
+    i = 0
+    packet = burst.packets
+    while packet != end:
+        if packet.wants == HEADER_IS_COPIED or _header_asks(packet, packet.data - header_bytes):
+            cause = net_header_check(packet, net_offers(queue.features))
+            if cause >= 0:
+                queue.counters.dropped[cause] += 1
+                i += 1
+                packet += 1
+                continue
+            burst.wants |= packet.wants
+        total += packet.length
+        if kept != i:
+            burst.packets[kept] = packet[0]
+        kept += 1
+        i += 1
+        packet += 1
+    burst.count = kept
+    queue.counters.packets += kept
+    queue.counters.bytes += total
+    if kept == 0 and cursor.taken > 0:
+        queue_publish(queue, packed, ring_next_used(ring, packed))
+        queue_flush(queue)
+    return kept
 
 
 cdef int _pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept nogil:
     cdef pair_t* pair = <pair_t*>endpoint.port
     cdef queue_t* queue = pair.transmitq
-    cdef split_t* ring = &queue.ring
-    cdef uint32_t header_bytes, steps = 0
-    cdef int available, taken, i, count = 0, kept = 0, status, cause
-    cdef uint16_t head
-    cdef uint64_t total = 0
-    cdef virtq_desc_t descriptor
-    cdef packet_t* packet
-    cdef uint8_t* host
-    cdef uint8_t* hosts[BURST_MAX]
     burst.count = burst.wants = burst.segment_count = 0
     if pair.rarp_pending:
         return _pull_rarp(pair, burst)
@@ -192,87 +296,31 @@ cdef int _pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept nogil:
         if queue.started and queue.broken == BROKEN_NOT:
             return _discard(queue)
         return 0
-    available = split_ready(ring)
-    if available < limit:
-        available = split_available(ring)
-        if available <= 0:
-            _no_entries(queue, available)
-            return 0
-    if available > limit:
-        available = limit
-    if _lost(queue):
-        queue_break(queue, BROKEN_MEMORY_LOST, 0)
-        return 0
-    split_suppress_kicks(ring)
-    header_bytes = net_header_bytes(queue.features)
-    # First pass: heads and descriptors, each read once. The lines behind them are on their way meanwhile.
-    for taken in range(available):
-        head = split_head(ring, <uint16_t>taken)
-        if head >= ring.num:
-            queue_break(queue, BROKEN_HEAD, head)
-            break
-        packet = &burst.packets[count]
-        split_descriptor(ring, head, &descriptor)
-        # One test for three: plain readable descriptor, longer than the header, not above the largest packet.
-        if (not descriptor.flags & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_INDIRECT | VIRTQ_DESC_F_WRITE)) & \
-                (descriptor.len - header_bytes - 1 < PACKET_MAX):
-            host = memory_translate(queue.memory, &queue.hint, descriptor.addr, descriptor.len)
-            if host != NULL:
-                vq_prefetch(host)
-                hosts[count] = host
-                packet.data = host + header_bytes
-                packet.more_count = 0
-                packet.head_bytes = packet.length = descriptor.len - header_bytes
-                packet.mark = <uint16_t>(ring.next_used_idx + taken + 1)
-                split_put_used(ring, <uint16_t>taken, head, 0)
-                count += 1
-                continue
-        if steps > STEPS_BURST:
-            break
-        status = _pull_chain(queue, burst, packet, head, header_bytes, &steps)
-        if status == BROKE or status == BURST_FULL:
-            break
-        split_put_used(ring, <uint16_t>taken, head, 0)
-        if status == DONE:
-            hosts[count] = NULL
-            packet.mark = <uint16_t>(ring.next_used_idx + taken + 1)
-            count += 1
+    if queue.ring.is_packed:             # and then VERSION_1 was negotiated (queue.pyx): the header has 12 bytes
+        return _pull_live(queue, True, HEADER_MAX, burst, limit)
+    if net_header_bytes(queue.features) == HEADER_MAX:
+        return _pull_live(queue, False, HEADER_MAX, burst, limit)
+    return _pull_live(queue, False, HEADER_MIN, burst, limit)
+
+
+cdef inline void _release_as(queue_t* queue, bint packed, burst_t* burst, int count) noexcept nogil:
+    cdef uint16_t position
+    if count == <int>burst.count:
+        position = ring_next_used(&queue.ring, packed)
     else:
-        taken = available
-    split_take(ring, <uint16_t>taken)
-    split_advance_used(ring, <uint16_t>taken)
-    # Second pass: headers, each copied once (the slow path has copied its own already).
-    for i in range(count):
-        packet = &burst.packets[i]
-        cause = -1
-        if hosts[i] == NULL or _header_asks(packet, hosts[i]):
-            cause = net_header_check(packet, net_offers(queue.features))
-        if cause >= 0:
-            queue.counters.dropped[cause] += 1
-            continue
-        total += packet.length
-        burst.wants |= packet.wants
-        if kept != i:
-            burst.packets[kept] = packet[0]
-        kept += 1
-    burst.count = kept
-    queue.counters.packets += kept
-    queue.counters.bytes += total
-    if kept == 0 and taken > 0:
-        queue_publish(queue, ring.next_used_idx)
-        queue_flush(queue)
-    return kept
+        position = burst.packets[count - 1].mark
+        if packed:
+            queue.ring.packed.hold = 0       # released in parts: its driver waits for what comes around
+    if queue.started and position != ring_shadow_used(&queue.ring, packed):
+        queue_publish(queue, packed, position)
 
 
 cdef void _release(endpoint_t* endpoint, burst_t* burst, int count) noexcept nogil:
     cdef queue_t* queue = (<pair_t*>endpoint.port).transmitq
-    cdef uint16_t position
-    if count == <int>burst.count:
-        position = queue.ring.next_used_idx
+    if queue.ring.is_packed:
+        _release_as(queue, True, burst, count)
     else:
-        position = burst.packets[count - 1].mark
-    if queue.started and position != queue.ring.shadow_used_idx:
-        queue_publish(queue, position)
+        _release_as(queue, False, burst, count)
 
 
 # ---- receiveq: push ----
@@ -366,26 +414,27 @@ cdef int _write_part(queue_t* queue, virtq_desc_t* descriptor, reader_t* reader,
     return <int>done
 
 
-cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes, uint32_t* walked) noexcept nogil:
+cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes, cursor_t* cursor,
+                     uint32_t* walked) noexcept nogil:
     """Write one packet into as many chains as it needs: DONE, NO_ROOM, DROPPED or BROKE.
 
+    Unless it is DONE the caller throws `cursor` away: the chains stay available. What was written into them does not
+    count, since buffers are only written before they are used (protocol section 9.2).
     The descriptors that it read are added to `walked`, also those of chains that stay available.
-
-    Buffers are only written before they are used, so an unfinished packet leaves nothing behind: its chains stay
-    available (protocol section 9.2).
     """
-    cdef split_t* ring = &queue.ring
+    cdef ring_t* ring = &queue.ring
+    cdef bint packed = ring.is_packed
     cdef chain_t chain
     cdef virtq_desc_t descriptor
     cdef reader_t reader
+    cdef cursor_t begin = cursor[0]
     cdef virtio_net_hdr_t header = packet.header
     cdef count_t count
     cdef uint64_t need = header_bytes + <uint64_t>packet.length, written = 0
     cdef uint32_t in_chain, steps = 0
-    cdef int ready = split_ready(ring), buffers = 0, part, step
+    cdef int buffers = 0, part, step
     cdef bint mergeable = has_feature(queue.features, VIRTIO_NET_F_MRG_RXBUF)
     cdef bint room
-    cdef uint16_t head
     header.num_buffers = 1
     count.host[0] = count.host[1] = NULL
     count.addr[0] = count.addr[1] = 0
@@ -397,52 +446,55 @@ cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes, ui
     while written < need:
         if buffers > 0 and not mergeable:
             return DROPPED       # larger than the chain
-        if buffers == ready:
-            ready = split_available(ring)
-            if ready < 0:
-                queue_break(queue, BROKEN_AVAIL_IDX, ring.shadow_avail_idx)
+        step = ring_more(ring, packed, cursor)
+        if step > 0:
+            step = ring_look(ring, packed, cursor, &descriptor)
+            if step < 0:
+                queue_break(queue, BROKEN_HEAD, cursor.head)
                 return BROKE
-            if buffers == ready:
-                return DROPPED if ready == ring.num else NO_ROOM    # a full ring that is too small stays too small
-        head = split_head(ring, <uint16_t>buffers)
-        if head >= ring.num:
-            queue_break(queue, BROKEN_HEAD, head)
+        elif step < 0:
+            queue_break(queue, BROKEN_AVAIL_IDX, ring.split.shadow_avail_idx)
             return BROKE
-        chain_begin(&chain, queue, head)
+        if step == 0:            # a full ring that is too small stays too small
+            return DROPPED if ring_is_full(ring, packed, &begin, cursor) else NO_ROOM
+        chain_begin(&chain, queue, cursor.head, &descriptor)
         in_chain = 0
         room = False
+        step = 1
         while written < need:
             step = chain_next(&chain, queue, &descriptor)
-            if step < 0:
-                queue_break(queue, chain.broken, head)
-                return BROKE
-            if step == 0:
+            if step <= 0:
                 break
             if not descriptor.flags & VIRTQ_DESC_F_WRITE:
                 continue
             room = True
             part = _write_part(queue, &descriptor, &reader, written, &count)
             if part < 0:
-                queue_break(queue, BROKEN_ADDRESS, head)
+                queue_break(queue, BROKEN_ADDRESS, cursor.head)
                 return BROKE
             in_chain += part
             written += part
-        step = <int>((ring.num if chain.table_count == 0 else chain.table_count) - chain.budget)
-        steps += step
-        walked[0] += step
-        if not room or steps > STEPS_PACKET:
-            queue_break(queue, BROKEN_LOOP if room else BROKEN_DIRECTION, head)
+        if step < 0 or chain_end(&chain, queue) < 0:
+            queue_break(queue, chain.broken, cursor.head)
             return BROKE
-        split_put_used(ring, <uint16_t>buffers, head, in_chain)
+        steps += chain.steps
+        walked[0] += chain.steps
+        if not room or steps > STEPS_PACKET:
+            queue_break(queue, BROKEN_LOOP if room else BROKEN_DIRECTION, cursor.head)
+            return BROKE
+        if _id_is_wrong(queue, packed, chain.id):
+            return BROKE
+        ring_use(ring, packed, cursor, chain.id, in_chain, chain.slots)
         buffers += 1
+        if buffers > <int>ring.num:
+            queue_break(queue, BROKEN_LOOP, cursor.head)     # a packed ring that its driver refills meanwhile
+            return BROKE
     if buffers > 1:              # num_buffers is 1 in what was written; both bytes were met, since need > 12
         count.host[0][0] = <uint8_t>(buffers & 0xff)
         count.host[1][0] = <uint8_t>(buffers >> 8)
         if queue.log != NULL:    # again: a migration may have copied the page after it was marked first
             dirty_mark(queue.log, count.addr[0], 1)
             dirty_mark(queue.log, count.addr[1], 1)
-    split_take(ring, <uint16_t>buffers)
-    split_advance_used(ring, <uint16_t>buffers)
     return DONE
 
 
@@ -452,61 +504,61 @@ cdef int _push_refused(queue_t* queue, packet_t* packets, int count) noexcept no
     return count
 
 
-cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogil:
-    cdef pair_t* pair = <pair_t*>endpoint.port
-    cdef queue_t* queue = pair.receiveq
-    cdef split_t* ring = &queue.ring
-    cdef uint32_t header_bytes, need, frame_limit, walked = 0
+cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t header_bytes, packet_t* packets,
+                           int count) noexcept nogil:
+    """Push to a live receiveq; `packed` and `header_bytes` are literals."""
+    cdef ring_t* ring = &queue.ring
+    cdef region_t near = queue.hint[0]
+    cdef uint32_t need, frame_limit, walked = 0
     cdef int ready, done = 0, run, j, status, sent = 0
     cdef uint64_t total = 0
-    cdef uint16_t head
+    cdef cursor_t cursor, slow
     cdef virtq_desc_t descriptor
     cdef uint8_t* host
     cdef uint8_t* hosts[BURST_MAX]
+    cdef gpa_t addrs[BURST_MAX]
     cdef packet_t* packet
-    if not queue.live:
-        return _push_refused(queue, packets, count)
-    ready = split_ready(ring)
-    if ready < count:
-        ready = split_available(ring)
-        if ready <= 0:
-            _no_entries(queue, ready)
-            return 0 if queue.live else _push_refused(queue, packets, count)
+    ready = ring_begin(ring, packed, &cursor, count)
+    if ready <= 0:
+        _no_entries(queue, ready)
+        return 0 if queue.live else _push_refused(queue, packets, count)
     if _lost(queue):
         queue_break(queue, BROKEN_MEMORY_LOST, 0)
         return _push_refused(queue, packets, count)
-    split_suppress_kicks(ring)
-    header_bytes = net_header_bytes(queue.features)
-    # Logging goes by the slow path, which knows the guest address of each byte that it writes.
-    frame_limit = pair.frame_limit if queue.log == NULL else 0
+    ring_suppress_kicks(ring, packed)
+    ring_prefetch(ring, packed, &cursor, min(ready, count))
+    frame_limit = pair.frame_limit
     while done < count:
         run = 0
-        while done + run < count and run < ready and run < BURST_MAX:
+        while done + run < count and <int>cursor.taken < ready and run < BURST_MAX:
             packet = &packets[done + run]
-            head = split_head(ring, <uint16_t>run)
-            if head >= ring.num:
+            if ring_look(ring, packed, &cursor, &descriptor) <= 0:
                 break            # the slow path says so
-            split_descriptor(ring, head, &descriptor)
             need = header_bytes + packet.length
             if (descriptor.flags != VIRTQ_DESC_F_WRITE) | (descriptor.len < need) | (packet.length > frame_limit):
                 break
-            host = memory_translate(queue.memory, &queue.hint, descriptor.addr, descriptor.len)
-            if host == NULL:
+            host = memory_translate_near(queue.memory, &queue.hint, &near, descriptor.addr, descriptor.len)
+            if host == NULL or (packed and descriptor.next >= ring.num):
                 break
             hosts[run] = host
+            if queue.log != NULL:
+                addrs[run] = descriptor.addr
+            vq_prefetch(host)
             vq_prefetch_write(host + header_bytes)
-            split_put_used(ring, <uint16_t>run, head, need)
+            ring_use(ring, packed, &cursor, descriptor.next, need, 1)
             run += 1
+        packet = &packets[done]
         for j in range(run):
-            packet = &packets[done + j]
             _put_header(hosts[j], &packet.header, header_bytes)
             _put_payload(hosts[j] + header_bytes, packet)
             total += packet.length
-        split_take(ring, <uint16_t>run)
-        split_advance_used(ring, <uint16_t>run)
+            packet += 1
+        if queue.log != NULL and run > 0:
+            vq_fence()           # pairs with whoever takes bits of the log away before it copies their pages
+            for j in range(run):
+                dirty_mark_fenced(queue.log, addrs[j], header_bytes + <uint64_t>packets[done + j].length)
         done += run
         sent += run
-        ready -= run
         if done < count:
             packet = &packets[done]
             if packet.length > pair.frame_limit and packet.header.gso_type == 0:
@@ -515,24 +567,39 @@ cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogi
                 continue
             if walked > STEPS_PUSH:
                 break            # as without room: the rest waits or is dropped
-            status = _push_chain(queue, packet, header_bytes, &walked)
+            slow = cursor
+            status = _push_chain(queue, packet, header_bytes, &slow, &walked)
             if status == NO_ROOM:
                 break
             if status == BROKE:
                 done += _push_refused(queue, packet, count - done)
                 break
             if status == DONE:
+                cursor = slow
+                ready = max(ready, <int>cursor.known) if not packed else ready
                 total += packet.length
                 sent += 1
             else:
                 queue.counters.dropped[DROP_TOO_LONG] += 1
             done += 1
-            ready = split_ready(ring)
-    if ring.next_used_idx != ring.shadow_used_idx:
-        queue_publish(queue, ring.next_used_idx)
+    ring_commit(ring, packed, &cursor)
+    if ring_next_used(ring, packed) != ring_shadow_used(ring, packed):
+        queue_publish(queue, packed, ring_next_used(ring, packed))
     queue.counters.packets += sent
     queue.counters.bytes += total
     return done
+
+
+cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogil:
+    cdef pair_t* pair = <pair_t*>endpoint.port
+    cdef queue_t* queue = pair.receiveq
+    if not queue.live:
+        return _push_refused(queue, packets, count)
+    if queue.ring.is_packed:
+        return _push_live(pair, queue, True, HEADER_MAX, packets, count)
+    if net_header_bytes(queue.features) == HEADER_MAX:
+        return _push_live(pair, queue, False, HEADER_MAX, packets, count)
+    return _push_live(pair, queue, False, HEADER_MIN, packets, count)
 
 
 # ---- both ----
@@ -550,35 +617,33 @@ cdef int _room(endpoint_t* endpoint) noexcept nogil:
     cdef int ready
     if not queue.live:
         return -1
-    ready = split_ready(&queue.ring)
-    if ready < ROOM_ENOUGH:
-        ready = split_available(&queue.ring)
-        if ready <= 0:
-            _no_entries(queue, ready)
-            return 0
+    ready = ring_ready(&queue.ring, queue.ring.is_packed, ROOM_ENOUGH)
+    if ready <= 0:
+        _no_entries(queue, ready)
+        return 0
     return ready
 
 
 cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
     cdef pair_t* pair = <pair_t*>endpoint.port
     cdef queue_t* queue = pair.transmitq
-    cdef int known
+    cdef bint packed = queue.ring.is_packed
     if what & ARM_PULL:
         if pair.rarp_pending:
             return 1
         if queue.started and queue.broken == BROKEN_NOT:
-            if split_ready(&queue.ring) > 0:
+            if ring_known(&queue.ring, packed) > 0:
                 return 1
             queue_request_kick(queue)
             # Also for an impossible index, or when memory was lost: the next pull breaks the ring.
-            if split_available(&queue.ring) != 0 or _lost(queue):
+            if ring_has_more(&queue.ring, packed) or _lost(queue):
                 return 1
     if what & ARM_PUSH:
         queue = pair.receiveq
+        packed = queue.ring.is_packed
         if queue.live:
-            known = split_ready(&queue.ring)
             queue_request_kick(queue)
-            if split_available(&queue.ring) != known:
+            if ring_has_more(&queue.ring, packed):
                 return 1
     return 0
 
@@ -645,7 +710,7 @@ cdef class VhostPort(Port):
         queues = []
         for i in range(pairs):
             receiveq = Queue(2 * i, f"receiveq{i}", report_fd)
-            transmitq = Queue(2 * i + 1, f"transmitq{i}", report_fd)
+            transmitq = Queue(2 * i + 1, f"transmitq{i}", report_fd, batches=True)
             queues += [receiveq, transmitq]
             endpoint = self.endpoints[i]
             self.pairs[i].endpoint = endpoint
@@ -715,8 +780,9 @@ cdef class VhostPort(Port):
 
     @property
     def sources(self):
-        """list of int: pairs whose transmitq is started (a disabled one is emptied), and pair 0 for RARP."""
-        return [i for i in range(self.endpoint_count) if i == 0 or self.pairs[i].transmitq.started]
+        """list of int: pairs whose transmitq is started (a disabled one is emptied), and pair 0 while a RARP waits."""
+        return [i for i in range(self.endpoint_count)
+                if self.pairs[i].transmitq.started or vq_load_u32(&self.pairs[i].rarp_pending)]
 
     @property
     def targets(self):
