@@ -6,7 +6,6 @@ Spec: vhost-user, "Feature bits", "Protocol features".
 from __future__ import annotations
 
 import os
-import stat
 from typing import TYPE_CHECKING, Final
 
 from vq import effects as e
@@ -97,6 +96,6 @@ def get_status(session: Session, _: Message) -> int:
 
 def set_backend_req_fd(session: Session, message: Message) -> None:
     """Keep the socket for our own requests."""
-    if not stat.S_ISSOCK(os.fstat(message.fds[0]).st_mode):
+    if not os.readlink(f"/proc/self/fd/{message.fds[0]}").startswith("socket:["):
         raise FrontendError(message.name, "fd", "not a socket", "the back-end channel is a Unix socket")
     session.backend_channel_fd = replace_fd(session.backend_channel_fd, message.take_fd())

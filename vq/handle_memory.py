@@ -13,6 +13,7 @@ from vq.message import Message
 from vq.payload import Log, Region
 from vq.region_table import ADDRESS_END, check_regions, live, same_region, with_fd
 from vq.ring_state import prepare_signal_fd, replace_fd
+from vq.shared_file import check_memory_file
 
 if TYPE_CHECKING:
     from vq.session import Session
@@ -22,6 +23,8 @@ def set_mem_table(session: Session, message: Message) -> None:
     """Replace the whole table, or keep the old one; the same table again changes nothing."""
     regions: tuple[Region, ...] = message.payload
     check_regions(message.name, regions)
+    for fd in message.fds:
+        check_memory_file(message.name, fd)
     table = tuple(live(region, fd) for region, fd in zip(regions, message.fds, strict=True))
     if table != session.regions:
         fds = message.fds
@@ -42,6 +45,7 @@ def add_mem_reg(session: Session, message: Message) -> None:
     if len(session.regions) >= session.offer.max_mem_slots:
         raise FrontendError(message.name, "regions", len(session.regions) + 1, f"limit {session.offer.max_mem_slots}")
     check_regions(message.name, [*(known.region for known in session.regions), region])
+    check_memory_file(message.name, message.fds[0])
     added = live(region, message.fds[0])
     session.apply(e.AddRegion(with_fd(region, message.fds[0])))
     session.regions = (*session.regions, added)
@@ -65,6 +69,7 @@ def set_log_base(session: Session, message: Message) -> Log:
     if area.mmap_size == 0 or area.mmap_offset > ADDRESS_END - area.mmap_size:
         value = f"{area.mmap_size:#x} bytes at {area.mmap_offset:#x}"
         raise FrontendError(message.name, "log", value, "at least 1 byte, not past 2^64")
+    check_memory_file(message.name, message.fds[0])
     session.apply(e.SetLog(message.fds[0], area.mmap_size, area.mmap_offset))
     session.has_log = True
     return area

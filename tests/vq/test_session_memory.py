@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +21,7 @@ from vhost_rig import (
     region,
 )
 from vq import effects as e
+from vq.errors import FrontendError
 from vq.message import Request
 from vq.payload import Log, Region
 
@@ -152,3 +159,52 @@ def test_log_event_is_kept_and_replaced(ready: Peer) -> None:
     os.close(event)
     assert ready.acked(R.SET_LOG_FD, None, [ready.memory_fd]) == 1
     assert ready.say(R.SET_LOG_FD, None, [ready.memory_fd]) is None
+
+
+def _mounted_fuse(at: Path) -> Callable[[], None]:
+    """Mount a FUSE file system whose server never answers; gives what takes it away."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    server = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
+    if libc.mount(b"vq-test", bytes(at), b"fuse", 0, options) != 0:
+        raise OSError(ctypes.get_errno(), "mount")
+
+    def unmount() -> None:
+        os.close(server)  # now all that waits for an answer gets an error
+        libc.umount2(bytes(at), 2)  # MNT_DETACH
+
+    return unmount
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root: sudo make test")
+@pytest.mark.parametrize("name", ["SET_MEM_TABLE", "ADD_MEM_REG", "SET_LOG_BASE"])
+def test_file_of_a_server_that_never_answers_is_refused_at_once(ready: Peer, tmp_path: Path, name: str) -> None:
+    unmount = _mounted_fuse(tmp_path)
+    stuck = threading.Timer(5, unmount)
+    stuck.start()
+    try:
+        fd = os.open(tmp_path, os.O_PATH)
+        one = region(1 << 40, PAGE, 1 << 41)
+        payload = {"SET_MEM_TABLE": (one,), "ADD_MEM_REG": one, "SET_LOG_BASE": Log(PAGE, 0)}[name]
+        start = time.monotonic()
+        with pytest.raises(FrontendError, match=f"{name}: memory file is on a fuse file system"):
+            ready.say(R[name], payload, [fd])
+        assert time.monotonic() - start < 2
+        os.close(fd)
+    finally:
+        stuck.cancel()
+        unmount()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "eventfd", "socket"])
+def test_what_is_no_file_is_no_memory(ready: Peer, kind: str) -> None:
+    if kind == "pipe":
+        fd, other = os.pipe()
+        os.close(other)
+    elif kind == "eventfd":
+        fd = os.eventfd(0)
+    else:
+        fd = socket.socket().detach()
+    with pytest.raises(FrontendError, match="memory file is of an unknown file system"):
+        ready.say(R.ADD_MEM_REG, region(1 << 40, PAGE, 1 << 41), [fd])
+    os.close(fd)
