@@ -28,7 +28,7 @@ class Applier:
     device
         Whose queues are changed, and whose hooks are called.
     changed
-        Called after a ring was started, stopped, enabled or disabled.
+        Called after a ring was started, stopped, enabled or disabled, and when a frame is to be announced.
     warn
         Called with a text for people: memory of a running ring was taken away, a dirty log was too small.
 
@@ -202,6 +202,7 @@ class Applier:
 
     def _send_rarp(self, effect: e.SendRarp) -> None:
         self.device.send_rarp(effect.mac)
+        self.changed()  # a port without a started ring is in no plan, but what it announces must go out
 
     def _set_status(self, effect: e.SetStatus) -> None:
         self.device.set_status(effect.status)

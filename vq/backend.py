@@ -52,6 +52,11 @@ class Backend:
     changed
         Called after a ring was started, stopped, enabled or disabled, and when a connection begins or ends.
 
+    Attributes
+    ----------
+    before_reply : callable
+        Called before each reply, which means that the data plane has obeyed: what `changed` announced is due by then.
+
     Raises
     ------
     UsageError
@@ -80,6 +85,7 @@ class Backend:
         self.device = device
         self.path = path if path is not None else f"fd {fd}"
         self.connections = 0
+        self.before_reply: Callable[[], None] = lambda: None
         self._changed = changed
         self._listener: Listener | None = None
         self._connector: Connector | None = None
@@ -315,6 +321,7 @@ class Backend:
                     logger.debug("device=%s message=%r", self.device.name, message)
                     reply = session.receive(message)
                     if reply is not None:
+                        self.before_reply()
                         connection.send(reply)
                     if self._reaper.busy > UNCLOSED_MAX:
                         limit = f"at most {UNCLOSED_MAX} may take long"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from vq.errors import BackendError, UsageError
 from vq.frontend import Frontend, RingSetup
 from vq.payload import Region
 from vq.pump import Pump
-from vq_core.driver import BrokenRingError, DriverQueue, GuestMemory
+from vq_core.driver import BrokenRingError, DriverQueue
+from vq_core.guest_memory import GuestMemory
 from vq_core.traffic import Exchange, traffic_memory_bytes
 
-__all__ = ["DemoResult", "echo_backend", "open_exchange", "run_demo"]
+__all__ = ["DemoResult", "echo_backend", "open_exchange", "run_demo", "start_device"]
 
 SIZE_MIN: Final = 64  # bytes: room for number, length and checksum
 SIZE_MAX: Final = 65535
@@ -32,6 +33,7 @@ FEATURES: Final = v.mask(v.VIRTIO_F_VERSION_1, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_NE
 PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_STATUS
 )
+LAYOUTS: Final = {"split": 0, "packed": v.mask(v.VIRTIO_F_RING_PACKED)}  # the feature bits that each adds
 RECEIVEQ: Final = 0
 TRANSMITQ: Final = 1
 STATUS_OK: Final = 0xF  # ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK (VIRTIO 1.3, 2.1)
@@ -44,7 +46,7 @@ class DemoResult:
     Parameters
     ----------
     layout
-        "split".
+        "split" or "packed".
     size
         Bytes of a packet, with its Ethernet header.
     queue_size
@@ -98,7 +100,7 @@ def run_demo(
     duration
         Seconds.
     layout
-        Ring layout: "split".
+        Ring layout, "split" or "packed".
     cpus
         Processor of the driver, processor of the engine; None: the first two that the process may use.
     queue_size
@@ -122,7 +124,7 @@ def run_demo(
     _check(size, duration, layout, queue_size, interval)
     places = _choose(cpus)
     problems: list[BaseException] = []
-    with echo_backend(places) as path, open_exchange(path, size, queue_size, places) as exchange:
+    with echo_backend(places) as path, open_exchange(path, size, queue_size, places, layout) as exchange:
 
         def drive() -> None:
             try:
@@ -158,8 +160,8 @@ def _check(size: int, duration: float, layout: str, queue_size: int, interval: f
         raise UsageError(f"duration {duration} is not a positive number of seconds")
     if interval <= 0:
         raise UsageError(f"interval {interval} is not a positive number of seconds")
-    if layout != "split":
-        raise UsageError(f"layout {layout!r} is not known; use split")
+    if layout not in LAYOUTS:
+        raise UsageError(f"layout {layout!r} is not known; use {' or '.join(LAYOUTS)}")
     if not 2 <= queue_size <= 32768 or queue_size & (queue_size - 1):
         raise UsageError(f"queue size {queue_size} is not a power of two from 2 to 32768")
     if queue_size * RECEIVE_BYTES < size + 12 * queue_size:
@@ -198,16 +200,20 @@ def echo_backend(places: tuple[int, ...]) -> Iterator[str]:
 
 
 @contextmanager
-def open_exchange(path: str, size: int, queue_size: int, places: tuple[int, ...]) -> Iterator[Exchange]:
+def open_exchange(
+    path: str, size: int, queue_size: int, places: tuple[int, ...], layout: str = "split"
+) -> Iterator[Exchange]:
     """Connect as a front-end, share memory, start one queue pair; yields what drives it."""
     receive_bytes = min(size, RECEIVE_BYTES)
     with (
         Frontend.connect(path) as frontend,
         GuestMemory(traffic_memory_bytes(queue_size, size, receive_bytes=receive_bytes)) as memory,
     ):
-        features = frontend.negotiate(FEATURES, PROTOCOL_FEATURES)
-        if features & FEATURES != FEATURES:
-            limit = "the demo needs VERSION_1, EVENT_IDX and MRG_RXBUF"
+        wanted = FEATURES | LAYOUTS[layout]
+        features = frontend.negotiate(wanted, PROTOCOL_FEATURES)
+        if features & wanted != wanted:
+            packed = ", RING_PACKED" if LAYOUTS[layout] else ""
+            limit = f"the demo needs VERSION_1, EVENT_IDX, MRG_RXBUF{packed}"
             raise BackendError("GET_FEATURES", "features", hex(frontend.offered_features), limit)
         frontend.set_features(features)
         receiveq = DriverQueue(memory, queue_size, features=features)
@@ -217,7 +223,7 @@ def open_exchange(path: str, size: int, queue_size: int, places: tuple[int, ...]
             [(transmitq, receiveq)], size, receive_bytes=receive_bytes, poll=sleeping, cpu=places[0] if places else None
         )
         try:
-            _start(frontend, memory, {RECEIVEQ: receiveq, TRANSMITQ: transmitq})
+            start_device(frontend, memory, {RECEIVEQ: receiveq, TRANSMITQ: transmitq})
             yield exchange
             for index in (TRANSMITQ, RECEIVEQ):
                 frontend.stop_ring(index)
@@ -226,15 +232,34 @@ def open_exchange(path: str, size: int, queue_size: int, places: tuple[int, ...]
                 queue.close()
 
 
-def _start(frontend: Frontend, memory: GuestMemory, queues: dict[int, DriverQueue]) -> None:
+def start_device(frontend: Frontend, memory: GuestMemory, queues: Mapping[int, DriverQueue]) -> None:
+    """Share the memory and start the rings, once features are set.
+
+    Parameters
+    ----------
+    frontend
+        A connection on which features have been acknowledged.
+    memory
+        Holds the rings and all buffers.
+    queues
+        Rings by index.
+    """
     table: list[tuple[int, int, int, int, int]] = memory.regions
     frontend.set_mem_table([Region(*row[:4]) for row in table], [row[4] for row in table])
     for index, queue in queues.items():
         desc, avail, used = queue.addresses
         frontend.start_ring(
-            RingSetup(index, queue.size, desc, avail, used, kick_fd=queue.kick_fd, call_fd=queue.call_fd)
+            RingSetup(
+                index, queue.size, desc, avail, used, _base(queue), kick_fd=queue.kick_fd, call_fd=queue.call_fd
+            )
         )
     frontend.set_status(STATUS_OK)
+
+
+def _base(queue: DriverQueue) -> int:
+    """Where the back-end begins: at what it has not used yet. Packed: available and used position in one number."""
+    position = queue.used_idx
+    return position << 16 | position if queue.layout == "packed" else position
 
 
 def _result(

@@ -16,7 +16,7 @@ from vq_core.port import Port
 from vq_core.ports.gen import GenPort
 from vq_core.ports.null import NullPort
 
-__all__ = ["OpenPort", "open_port"]
+__all__ = ["OpenPort", "descriptors", "open_port"]
 
 
 class OpenPort:
@@ -92,7 +92,13 @@ class OpenPort:
 
 
 def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
-    device = NetDevice(spec.name, pairs=spec.number("queues"), report_fd=report_fd, mtu=spec.maybe_number("mtu"))
+    device = NetDevice(
+        spec.name,
+        pairs=spec.number("queues"),
+        report_fd=report_fd,
+        mtu=spec.maybe_number("mtu"),
+        packed=spec.get("layout") == "packed",
+    )
     backend = Backend(
         device, path=spec.target, client=spec.flag("client"), mode=spec.maybe_number("mode"), changed=changed
     )
@@ -168,6 +174,18 @@ OPENERS: Final[dict[str, Callable[[PortSpec, int, int, Callable[[], None]], Open
     "null": _open_null,
     "gen": _open_gen,
 }
+
+
+def descriptors(spec: PortSpec) -> tuple[int, int]:
+    """How many descriptors a port takes to be open, and how many at most with a peer that uses all that it offers.
+
+    Of a vhost port: listener, timer and epoll; then the connection, the dirty log, its log's eventfd, and kick, call
+    and err of each queue. Memory is mapped, and its descriptors are closed again.
+    """
+    if spec.kind == "vhost":
+        return 3, 6 + 3 * 2 * spec.number("queues")
+    queues = spec.number("queues") if spec.kind == "tap" else 1
+    return 1 + queues, 1 + queues
 
 
 def open_port(spec: PortSpec, *, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:

@@ -129,7 +129,13 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
                 (
                     Option("client", "flag", "connect to PATH, and again when it ends, instead of listening"),
                     Option("queues", "integer", "queue pairs to offer", 1, 128, 8),
-                    Option("layout", "choice", "ring layout to offer", default="split", choices=("split",)),
+                    Option(
+                        "layout",
+                        "choice",
+                        "ring layouts to offer: packed beside split, or split alone",
+                        default="packed",
+                        choices=("packed", "split"),
+                    ),
                     Option("mode", "octal", "permission bits of the socket; without it the umask decides", 0, 0o777),
                     Option(
                         "mtu", "integer", "bytes of the longest packet to the guest, without Ethernet header", 68, 65535

@@ -13,11 +13,13 @@ from typing import Any, Self
 
 from vq.backend import Backend
 from vq.errors import GuestError, UsageError
-from vq.open_port import OpenPort, open_port
-from vq.plan import Flow, make_flows, spread
-from vq.ports import PortSpec, parse_ports
-from vq_core.switch import Switch
-from vq_core.worker import Plan, Worker
+from vq.groups import PortArgument, parse_groups
+from vq.limits import ensure_open_files
+from vq.open_port import OpenPort, descriptors, open_port
+from vq.planner import Planner
+from vq.ports import PortSpec
+from vq.sub_burst import SUB_BURST, check_sub_burst
+from vq_core.worker import Worker
 
 __all__ = ["Pump"]
 
@@ -33,16 +35,21 @@ class Pump:
     Parameters
     ----------
     ports
-        PORT arguments of the command line, parsed or not.
+        PORT arguments of the command line, parsed or not. Several groups, each joined for itself, are written with
+        the word ``+`` between them, or as a sequence of sequences: ``[["vhost:a", "vhost:b"], ["vhost:c"]]``.
     cpus
         A worker for each of these processors; None: one worker, wherever the kernel puts it.
     poll
         "adaptive": workers sleep when there is nothing to do. "busy": never.
+    sub_burst
+        Packets published at once where both ends are rings of guests, 1 to 32. Few: the other side gets the first ones
+        sooner. Many: fewer transfers of cache lines and fewer notifications.
 
     Raises
     ------
     UsageError, ResourceError
-        A port cannot be opened; those opened before are closed again.
+        A port cannot be opened; those opened before are closed again. Or the process may not have as many open files
+        as the ports need; the soft limit (RLIMIT_NOFILE) is raised as far as that takes.
 
     Notes
     -----
@@ -51,24 +58,25 @@ class Pump:
     """
 
     def __init__(
-        self, ports: Sequence[PortSpec | str], *, cpus: Sequence[int] | None = None, poll: str = "adaptive"
+        self,
+        ports: Sequence[PortArgument | Sequence[PortArgument]],
+        *,
+        cpus: Sequence[int] | None = None,
+        poll: str = "adaptive",
+        sub_burst: int = SUB_BURST,
     ) -> None:
         if isinstance(ports, str):
             raise UsageError(f"ports is a string; write a list: [{ports!r}]")
         if poll not in ("adaptive", "busy"):
             raise UsageError(f"poll is {poll!r}; adaptive and busy are possible")
-        specs = list(parse_ports(ports))
-        echoes = [spec for spec in specs if spec.kind == "echo"]
-        if echoes and (len(specs) != 2 or len(echoes) != 1):
-            raise UsageError(
-                f"echo: reflects one other port, and this pump has {len(specs) - len(echoes)}; give exactly one"
-            )
-        specs = [spec for spec in specs if spec.kind != "echo"]
-        if cpus is not None:
-            for cpu in cpus:
-                if cpu not in os.sched_getaffinity(0):
-                    allowed = sorted(os.sched_getaffinity(0))
-                    raise UsageError(f"cpu {cpu} is not among the processors of this process: {allowed}")
+        check_sub_burst(sub_burst)
+        groups = parse_groups(ports)
+        for cpu in cpus or ():
+            if cpu not in os.sched_getaffinity(0):
+                allowed = sorted(os.sched_getaffinity(0))
+                raise UsageError(f"cpu {cpu} is not among the processors of this process: {allowed}")
+        counts = [descriptors(spec) for group in groups for spec in group]
+        ensure_open_files(sum(needed for needed, _ in counts), sum(wanted for _, wanted in counts))
         self.ports: list[OpenPort] = []
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -79,27 +87,45 @@ class Pump:
         self._threads: list[threading.Thread] = []
         self._told: set[str] = set()
         self._closed = False
+        self._by_fd: dict[int, Backend] = {}
+        self._visited: list[Backend] = []  # those that have had a connection; the others can have no news
+        self._fixed: list[OpenPort] = []  # those without a back-end
+        self._patches: list[list[OpenPort]] = []
         self.workers = [Worker(cpu, poll) for cpu in cpus] if cpus else [Worker(None, poll)]
-        self._shares: list[list[Flow]] = [[] for _ in self.workers]
-        lanes = max((spec.number("queues") for spec in specs if spec.kind in ("vhost", "tap")), default=1)
+        self._planner = Planner(self.workers, sub_burst)
         try:
-            for spec in specs:
-                port = open_port(spec, lanes=lanes, report_fd=self._report_fd, changed=self._changed)
-                self.ports.append(port)
-                if port.backend is not None:
-                    self._epoll.register(port.backend.fileno(), select.EPOLLIN)
-            self._by_fd: dict[int, Backend] = {
-                p.backend.fileno(): p.backend for p in self.ports if p.backend is not None
-            }
-            self._switch = Switch(len(self.ports)) if len(self.ports) > 2 else None
+            for group in groups:
+                self._join(group)
             for fd in (self._wake_fd, self._report_fd):
                 self._epoll.register(fd, select.EPOLLIN)
         except BaseException:
             self.stop()
             raise
 
+    def _join(self, specs: Sequence[PortSpec]) -> None:
+        """Open the ports of a group."""
+        lanes = max((spec.number("queues") for spec in specs if spec.kind in ("vhost", "tap")), default=1)
+        group = []
+        for spec in specs:
+            port = open_port(spec, lanes=lanes, report_fd=self._report_fd, changed=self._changed)
+            self.ports.append(port)
+            group.append(port)
+            if port.backend is None:
+                self._fixed.append(port)
+            else:
+                port.backend.before_reply = self._settle
+                self._by_fd[port.backend.fileno()] = port.backend
+                self._epoll.register(port.backend.fileno(), select.EPOLLIN)
+        self._planner.join([port.port for port in group])
+        if len(group) == 2:
+            self._patches.append(group)
+
     def _changed(self) -> None:
         self._replan = True
+
+    def _settle(self) -> None:
+        if self._replan:
+            self.replan()
 
     # -- life --
 
@@ -112,14 +138,14 @@ class Pump:
             thread = threading.Thread(target=worker.run, name=f"vq-worker-{number}", daemon=True)
             thread.start()
             self._threads.append(thread)
-        self._plan()
+        self.replan()
 
     def stop(self) -> None:
         """Stop the workers, close all connections and ports; may be called twice."""
         if self._closed:
             return
         self._closed = True
-        self._publish([[] for _ in self.workers])
+        self._planner.clear()
         for port in self.ports:
             try:
                 port.close()
@@ -193,22 +219,23 @@ class Pump:
                 tick = max(tick + interval, time.monotonic())
             if finite and all(port.finished for port in self.ports) and self._drained():
                 break
-            self._look_for_errors()
             waits = [tick - now] if on_interval is not None else []
             waits += [end - now] if end is not None else []
             waits += [DRAIN_S] if finite else []
-            waits += [LOOK_S] if any(port.backend is None or port.backend.watch() for port in self.ports) else []
+            waits += [LOOK_S] if self._look_again() else []
             self.dispatch(max(0.0, min(waits)) if waits else None)
         # Without workers every port has written out what it was given, and its counters are final.
-        self._publish([[] for _ in self.workers])
+        self._planner.clear()
         return self.snapshot()
 
-    def _look_for_errors(self) -> None:
-        """Say once what a port found wrong with its file or interface."""
-        for port in self.ports:
+    def _look_again(self) -> bool:
+        """Look at what nobody reports, and say once what is wrong with it; whether to look again in a while."""
+        for port in self._fixed:
             if port.error is not None and port.name not in self._told:
                 self._told.add(port.name)
                 logger.error("port=%s error=%r", port.name, port.error)
+        watched = [backend.watch() for backend in self._visited]
+        return bool(self._fixed) or any(watched)
 
     def dispatch(self, timeout: float | None = 0.0) -> None:
         """Wait up to `timeout` seconds (None: until something comes) and serve what is there."""
@@ -219,22 +246,18 @@ class Pump:
                 os.eventfd_read(fd)
                 if fd == self._report_fd:
                     self._report()
-        if self._replan:
-            self._plan()
+        self._settle()
 
     def _report(self) -> None:
-        """Say which guests broke a queue, and end the connections whose memory is gone."""
-        for port in self.ports:
-            if port.backend is None:
-                continue
-            for queue in port.backend.device.queues:
+        """Say which guests broke a queue, end the connections whose memory is gone, and plan without what is done."""
+        self._replan = True
+        for backend in self._visited:
+            for queue in backend.device.queues:
                 report = queue.poll_report()
                 if report is not None:
                     head, cause, section = report
-                    error = GuestError(queue.index, head, f"({queue.name}) {cause}", section)
-                    port.backend.warn(str(error))
-                    self._replan = True
-            port.backend.check_memory()
+                    backend.warn(str(GuestError(queue.index, head, f"({queue.name}) {cause}", section)))
+            backend.check_memory()
 
     def _drained(self) -> bool:
         before = [port.port.snapshot() for port in self.ports]
@@ -243,41 +266,14 @@ class Pump:
 
     # -- flows --
 
-    def _plan(self) -> None:
+    def replan(self) -> None:
+        """Make the flows as the ports stand now; `dispatch` and `run` do so whenever rings start or stop."""
         self._replan = False
-        flows = make_flows([port.port for port in self.ports], self._switch)
-        self._publish(spread(flows, len(self.workers)))
-        if len(self.ports) == 2:
-            for port, peer in (self.ports, reversed(self.ports)):
+        self._visited = [backend for backend in self._by_fd.values() if backend.connections]
+        self._planner.update()
+        for patch in self._patches:
+            for port, peer in (patch, reversed(patch)):
                 port.follow(carrier=peer.backend is None or bool(peer.port.targets))
-
-    def _publish(self, shares: list[list[Flow]]) -> None:
-        """Give each worker its flows. What changes hands is taken from its old worker before its new one gets it."""
-        moved = self._moved(shares)
-        if moved:
-            for worker, share in zip(self.workers, self._shares, strict=True):
-                kept = [flow for flow in share if not moved & {(id(port), index) for port, index in flow.endpoints}]
-                if len(kept) < len(share):
-                    worker.set_plan(Plan(kept))
-        for worker, share in zip(self.workers, shares, strict=True):
-            worker.set_plan(Plan(share))
-        self._shares = shares
-
-    def _moved(self, shares: list[list[Flow]]) -> set[tuple[int, int]]:
-        """Endpoints that another worker has at the moment."""
-        owner = {
-            (id(port), index): number
-            for number, share in enumerate(self._shares)
-            for flow in share
-            for port, index in flow.endpoints
-        }
-        return {
-            key
-            for number, share in enumerate(shares)
-            for flow in share
-            for key in ((id(port), index) for port, index in flow.endpoints)
-            if owner.get(key, number) != number
-        }
 
     # -- looking --
 

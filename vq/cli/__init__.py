@@ -8,9 +8,9 @@ code   meaning
 2      usage: a wrong argument
 3      peer: the other end of a socket broke the protocol
 4      resource: the machine refused (path, permission, limit, missing build)
-129    SIGHUP ended the demo, which reports what was verified so far
+129    SIGHUP ended the demo or a benchmark, which reports what was verified so far
 130    SIGINT did so; or it came before a command had begun
-143    SIGTERM ended the demo
+143    SIGTERM ended one of them
 141    nobody reads standard output any more (``vq pump ... | head -1``); nothing is said
 =====  ==========================================================================
 """
@@ -37,12 +37,12 @@ USAGE: Final = 2
 PEER: Final = 3
 RESOURCE: Final = 4
 INTERRUPTED: Final = 128 + 2  # what shells expect of a program that SIGINT ended
-COMMANDS: Final = ("pump", "demo")
+COMMANDS: Final = ("pump", "demo", "bench")
 UNREAD: Final = 128 + 13  # and SIGPIPE
 
 EPILOGUE = """\
 Exit codes: 0 done, 1 a verification failed, 2 wrong usage, 3 the peer broke the protocol, 4 the machine refused,
-130 and 143 SIGINT and SIGTERM ended the demo, 141 nobody reads standard output any more.
+130 and 143 SIGINT and SIGTERM ended the demo or a benchmark, 141 nobody reads standard output any more.
 
 "vq COMMAND --help" tells the options of a command; "vq pump --help" also the kinds of PORT.
 """
@@ -53,6 +53,7 @@ def make_app() -> App:
     from cyclopts import App
 
     from vq import __version__
+    from vq.cli.bench import bench_app
     from vq.cli.demo import HELP, demo
     from vq.cli.pump import epilogue, pump
 
@@ -65,6 +66,7 @@ def make_app() -> App:
     )
     app.command(pump, usage="Usage: vq pump PORT... [OPTIONS]", help_epilogue=epilogue())
     app.command(demo, usage="Usage: vq demo [OPTIONS]", help=HELP, help_epilogue="")
+    app.command(bench_app())
     app.register_install_completion_command()
     return app
 

@@ -41,7 +41,7 @@ def demo(
     *,
     size: Annotated[int, Parameter(help="Bytes of a packet, 64 to 65535.")] = 64,
     duration: Annotated[float, Parameter(help="Seconds.")] = 5.0,
-    layout: Annotated[Literal["split"], Parameter(help="Ring layout.")] = "split",
+    layout: Annotated[Literal["split", "packed"], Parameter(help="Ring layout.")] = "split",
     cpu: Annotated[str | None, Parameter(help="Processors of the engine and of the driver, such as 0,1.")] = None,
     json: Annotated[bool, Parameter(negative="", help="Report as JSON, one object a line.")] = False,
 ) -> int:

@@ -15,8 +15,9 @@ from vq.cli.hints import describe
 from vq.cli.output import check_output
 from vq.cli.report import reports
 from vq.cli.signals import ending_signals
+from vq.groups import parse_groups
 from vq.port_kinds import KINDS
-from vq.ports import parse_ports
+from vq.sub_burst import SUB_BURST, check_sub_burst
 
 if TYPE_CHECKING:
     from vq.pump import Pump
@@ -39,7 +40,11 @@ def epilogue() -> str:
 
 def pump(
     *ports: Annotated[
-        str, Parameter(name="PORT", help="What to join; see below. One: echo, two: patch, more: switch.")
+        str,
+        Parameter(
+            name="PORT",
+            help="What to join; see below. One: echo, two: patch, more: switch. The word + begins another group.",
+        ),
     ],
     duration: Annotated[float | None, Parameter(help="End after this many seconds.")] = None,
     interval: Annotated[float, Parameter(help="Seconds between two reports.")] = 1.0,
@@ -50,24 +55,28 @@ def pump(
     poll: Annotated[
         Literal["adaptive", "busy"], Parameter(help="Sleep when there is nothing to do, or never.")
     ] = "adaptive",
+    sub_burst: Annotated[
+        int, Parameter(help="Packets, 1 to 32, published at once between rings of guests.")
+    ] = SUB_BURST,
     verbose: Annotated[
         int, Parameter(name=["--verbose", "-v"], count=True, help="Log connections; twice: messages.")
     ] = 0,
 ) -> int:
     """Move packets between ports: echo on one, patch of two, learning switch of three and more."""
-    specs = parse_ports(ports)
+    groups = parse_groups(ports)
     positive_seconds("--duration", duration)
     positive_seconds("--interval", interval)
     cpus = parse_cpus(cpu)
+    check_sub_burst(sub_burst, "--sub-burst")
     logs.configure(verbose)
     from vq.pump import Pump
 
     stop = _Stop()
-    with ending_signals(stop), Pump(specs, cpus=cpus, poll=poll) as running:
+    with ending_signals(stop), Pump(groups, cpus=cpus, poll=poll, sub_burst=sub_burst) as running:
         stop.attach(running)
         if not json:
             with check_output():
-                print("\n".join(describe(specs)), flush=True)
+                print("\n".join(describe([spec for group in groups for spec in group])), flush=True)
         with reports(json) as report:
             report.final(running.run(duration, interval, report.interval))
     return 0

@@ -18,7 +18,7 @@ FEATURES: Final = v.mask(
     v.VIRTIO_NET_F_GUEST_USO4, v.VIRTIO_NET_F_GUEST_USO6, v.VIRTIO_NET_F_HOST_USO,
     v.VIRTIO_NET_F_MRG_RXBUF, v.VIRTIO_NET_F_GUEST_ANNOUNCE, v.VIRTIO_NET_F_MQ,
     v.VIRTIO_F_ANY_LAYOUT, v.VIRTIO_F_INDIRECT_DESC, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_F_VERSION_1, v.VIRTIO_F_IN_ORDER,
-    v.VHOST_F_LOG_ALL, v.VHOST_USER_F_PROTOCOL_FEATURES,
+    v.VIRTIO_F_RING_PACKED, v.VHOST_F_LOG_ALL, v.VHOST_USER_F_PROTOCOL_FEATURES,
 )  # fmt: skip
 
 PROTOCOL_FEATURES: Final = v.mask(
@@ -41,6 +41,8 @@ class NetDevice(Device):
         Eventfd that is signalled when a guest breaks a queue.
     mtu
         Longest packet towards the guest in bytes, without the Ethernet header, until the front-end says otherwise.
+    packed
+        Offer the packed ring layout beside the split one.
 
     Notes
     -----
@@ -50,12 +52,15 @@ class NetDevice(Device):
 
     in_order = True
 
-    def __init__(self, name: str, *, pairs: int = 8, report_fd: int | None = None, mtu: int | None = None) -> None:
+    def __init__(
+        self, name: str, *, pairs: int = 8, report_fd: int | None = None, mtu: int | None = None, packed: bool = True
+    ) -> None:
         self.name = name
         self.port = VhostPort(name, pairs, report_fd)
         self.queues = self.port.queues
         self.posted_queues = self.queues[::2]
-        self.offer = Offer(FEATURES, PROTOCOL_FEATURES, queue_count=2 * pairs, queue_num_answer=pairs)
+        features = FEATURES if packed else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
+        self.offer = Offer(features, PROTOCOL_FEATURES, queue_count=2 * pairs, queue_num_answer=pairs)
         self._default_mtu = self._mtu = mtu
         self._features = 0
 
