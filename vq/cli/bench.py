@@ -1,0 +1,145 @@
+"""``vq bench``: throughput and latency, sweeps, peers side by side, and settings for this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from cyclopts import App, Parameter
+
+from vq.bench.settings import AXES, Settings, parse_axis, points
+from vq.cli.bench_options import Options
+from vq.cli.bench_peers import peers
+from vq.cli.bench_report import Stop, print_rows, progress, run_line
+from vq.cli.bench_tune import tune
+from vq.cli.output import write_json
+from vq.cli.signals import ending_signals
+from vq.errors import UsageError
+from vq.stats import encode
+
+if TYPE_CHECKING:
+    from vq.bench.measure import Run
+
+__all__ = ["bench_app"]
+
+# One line a paragraph: the terminal wraps them.
+HELP: Final = """\
+Measure a back-end with our own driver, every packet verified: without COMMAND its throughput over packet sizes, in \
+less than half a minute.
+
+The back-end is our engine in this process, or with --socket whoever listens there and echoes. Back-end and driver \
+have a processor each; how far these are apart is measured around each run, and only runs of one tag (near, far) are \
+put together. SIGINT (Ctrl-C) ends it early with what was measured until then.
+"""
+EPILOGUE: Final = """\
+AXIS=VALUES is a setting with values, or a range whose numbers double: size=64,1518 or ring=64..4096. Several axes \
+make every combination; the first one is the x axis of a plot.
+
+{axes}
+
+Options of single commands: sweep --measure throughput|latency; peers --cells, --front-args, --busy-cycles, --settle; \
+tune --size, --measure; see "vq bench COMMAND --help". What to make of the figures: docs/tuning.md.
+"""
+SIZES: Final = "size=64,128,256,512,1024,1518,4096,9000"
+LATENCIES: Final = ("pause=0,200", "poll=busy,adaptive", "driver=busy,sleep")
+Axes = Annotated[str, Parameter(name="AXIS=VALUES", help="What to vary; see below.")]
+
+
+def bench_app() -> App:
+    """Make the command with its parts."""
+    axes = "\n".join(f"  {a.name:12} {a.help}{': ' + ', '.join(a.choices) if a.choices else ''}" for a in AXES.values())
+    app = App(
+        name="bench",
+        help=HELP,
+        help_epilogue=EPILOGUE.format(axes=axes),
+        usage="Usage: vq bench [COMMAND] [AXIS=VALUES...] [OPTIONS]",
+    )
+    app.default(throughput)
+    app.command(throughput, usage="Usage: vq bench throughput [AXIS=VALUES...] [OPTIONS]")
+    app.command(latency, usage="Usage: vq bench latency [AXIS=VALUES...] [OPTIONS]")
+    app.command(sweep, usage="Usage: vq bench sweep AXIS=VALUES... [OPTIONS]")
+    app.command(peers, usage="Usage: vq bench peers [OPTIONS]")
+    app.command(tune, usage="Usage: vq bench tune [OPTIONS]")
+    return app
+
+
+def throughput(*axes: Axes, options: Options | None = None) -> int:
+    """Packets a second over packet sizes, as many under way as the ring holds."""
+    return _run(_read([SIZES], axes), "throughput", options or Options())
+
+
+def latency(*axes: Axes, options: Options | None = None) -> int:
+    """Round trips of one packet under way: p50, p99, p99.9; also with pauses in which the back-end falls asleep."""
+    options = options or Options()
+    # How another back-end waits is not ours to say.
+    usual = [text for text in LATENCIES if options.socket is None or not text.startswith("poll=")]
+    return _run(_read(usual, axes), "latency", options)
+
+
+def sweep(
+    *axes: Axes,
+    measure: Annotated[Literal["throughput", "latency"], Parameter(help="What to measure.")] = "throughput",
+    options: Options | None = None,
+) -> int:
+    """Either measurement over any settings."""
+    if not axes:
+        raise UsageError(f"nothing to vary; write AXIS=VALUES, such as ring=64..4096; AXIS is {', '.join(AXES)}")
+    return _run(_read([], axes), measure, options or Options())
+
+
+def _read(usual: Sequence[str], given: Sequence[str]) -> dict[str, list[int | str]]:
+    """The axes that were given, over those that are usual."""
+    axes: dict[str, list[int | str]] = {}
+    for text in given:
+        name, values = parse_axis(text)
+        if name in axes:
+            raise UsageError(f"{text}: {name} was given already; write its values with commas")
+        axes[name] = values
+    for text in usual:
+        name, values = parse_axis(text)
+        axes.setdefault(name, values)
+    # What was given once only is no axis but a setting, and must not be taken for the x axis.
+    return dict(sorted(axes.items(), key=lambda item: len(item[1]) == 1))
+
+
+def _check(found: Sequence[Settings], kind: str, options: Options) -> None:
+    ours, usual = ("poll", "sub_burst"), Settings()
+    for name in ours if options.socket is not None else ():
+        if any(getattr(point, name) != getattr(usual, name) for point in found):
+            raise UsageError(f"{name}= is for our own back-end; another one is told on its own command line")
+    if kind == "latency":
+        for point in found:
+            if point.queues != 1 or point.window not in (0, 1) or point.descriptors != "1" or point.size > 9216:
+                raise UsageError(
+                    f"{point.words()}: latency is that of one packet of up to 9216 bytes in one descriptor and one pair"
+                )
+
+
+def _run(axes: Mapping[str, Sequence[int | str]], kind: str, options: Options) -> int:
+    options.check()
+    found = points(Settings(), axes)
+    _check(found, kind, options)
+    cpus = options.cpus()
+    stop = Stop()
+    runs: list[Run] = []
+    with ending_signals(stop):
+        from vq.bench.facts import command_line, gather
+        from vq.bench.series import run_series
+        from vq.bench.summary import rows_of
+        from vq.bench.target import Places, Target
+
+        target = Target(options.socket, Places.choose(cpus))
+        facts = gather(command_line())
+        with progress(len(found) * options.repeat, quiet=options.json) as step:
+            for run in run_series(
+                target, found, kind, seconds=options.seconds, repeat=options.repeat, ended=stop.asked
+            ):
+                runs.append(run)
+                step(run_line(run))
+                if options.json:
+                    from vq.bench.records import run_record
+
+                    write_json(encode(run_record(run)))
+        rows = rows_of(runs)
+        print_rows(facts, target.name, rows, runs, options, early=stop.asked())
+    return stop.code(ok=all(run.ok for run in runs), measured=bool(runs))

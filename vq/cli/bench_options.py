@@ -1,0 +1,71 @@
+"""The options that every part of ``vq bench`` takes, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from vq.cli.arguments import parse_cpus, positive_seconds
+from vq.errors import ResourceError, UsageError
+
+__all__ = ["Options", "Output", "check_repeat"]
+
+REPEAT_MAX = 1000
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Output:
+    """Where results go, besides a table in the terminal."""
+
+    json: Annotated[bool, Parameter(negative="", help="JSON, one object a line; the last one has everything.")] = False
+    csv: Annotated[Path | None, Parameter(help="Also write the rows as CSV into this file.")] = None
+
+    def check(self) -> None:
+        """Refuse, before anything is measured, what could not be written afterwards."""
+        if self.csv is not None and not self.csv.parent.is_dir():
+            raise ResourceError("there is no such folder", path=str(self.csv.parent), remedy="make it first")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Options(Output):
+    """How our own driver measures."""
+
+    socket: Annotated[
+        str | None,
+        Parameter(help="Measure the back-end that listens on this socket and echoes (DPDK's testpmd in io mode, ...)."),
+    ] = None
+    cpu: Annotated[
+        str | None,
+        Parameter(help="Processors of the back-end's workers, and last the driver's, such as 0,1. Default: first two."),
+    ] = None
+    seconds: Annotated[float, Parameter(help="Counted seconds of a run.")] = 0.4
+    repeat: Annotated[int, Parameter(help="Runs of each point, in alternation.")] = 3
+    plot: Annotated[
+        str | None, Parameter(help="Draw into a FILE.png or FILE.svg, or 'terminal'; needs pip install 'vq[plots]'.")
+    ] = None
+
+    def check(self) -> None:
+        """Refuse, before anything is measured, what could not be done."""
+        super().check()
+        positive_seconds("--seconds", self.seconds)
+        check_repeat(self.repeat)
+        if self.plot is not None:
+            from vq.bench.plot import check_plot
+
+            check_plot(self.plot)
+
+    def cpus(self) -> Sequence[int] | None:
+        """The processors; None: not given."""
+        return parse_cpus(self.cpu)
+
+
+def check_repeat(repeat: int) -> None:
+    """Check how often something is to be measured."""
+    if not 1 <= repeat <= REPEAT_MAX:
+        raise UsageError(f"--repeat {repeat}: write a number from 1 to {REPEAT_MAX}")

@@ -1,0 +1,162 @@
+"""``vq bench peers``: DPDK's back-end and ours side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from vq.cli.arguments import parse_cpus
+from vq.cli.bench_options import Output, check_repeat
+from vq.cli.bench_report import Stop, print_table, progress, save_csv
+from vq.cli.output import check_output, write_json
+from vq.cli.signals import ending_signals
+from vq.errors import ResourceError, UsageError
+from vq.stats import encode
+
+if TYPE_CHECKING:
+    from vq.bench.cells import Cell
+    from vq.bench.facts import Facts
+    from vq.bench.peers import Pair, PeerRow
+
+__all__ = ["peers"]
+
+
+def peers(
+    *,
+    cells: Annotated[
+        str | None,
+        Parameter(help="DIRECTION-LAYOUT-SIZE, with commas: sink, gen, io, patch, rtt; split, packed. Default: all."),
+    ] = None,
+    repeat: Annotated[int, Parameter(help="Pairs of each cell.")] = 6,
+    seconds: Annotated[int, Parameter(help="Counted seconds of a run.")] = 2,
+    settle: Annotated[int, Parameter(help="First seconds of a run that do not count.")] = 1,
+    cpu: Annotated[str | None, Parameter(help="Back-end's processor, front-end's. Default: first two.")] = None,
+    front_args: Annotated[str, Parameter(help="More arguments of net_virtio_user, such as mrg_rxbuf=0.")] = "",
+    busy_cycles: Annotated[
+        bool, Parameter(negative="", help="Also the back-ends' busy cycles a packet (testpmd --record-core-cycles).")
+    ] = False,
+    output: Output | None = None,
+) -> int:
+    """DPDK's net_vhost and vq pump under the same front-end, DPDK's virtio-user, in alternated pairs.
+
+    Rates are read at the front-end. The cores' distance is measured before and after each run, and only pairs of one
+    tag (near, far) are put together. Where it changes every few seconds, take short runs and many pairs. Needs testpmd,
+    root and 512 free hugepages of 2 MiB.
+    """
+    from vq.bench.cells import parse_cells
+
+    output = output or Output()
+    output.check()
+    wanted = parse_cells(cells)
+    check_repeat(repeat)
+    if not 1 <= seconds <= 3600 or not 0 <= settle <= 60:
+        raise UsageError(f"--seconds {seconds} --settle {settle}: write 1 to 3600 and 0 to 60")
+    cpus = _two(parse_cpus(cpu))
+    stop = Stop()
+    pairs: list[Pair] = []
+    problems: list[tuple[Cell, ResourceError]] = []
+    with ending_signals(stop):
+        from vq.bench.facts import command_line, gather
+        from vq.bench.peers import Rig, peer_rows, run_pairs
+
+        facts = gather(command_line())
+        rig = Rig(cpus, seconds, settle, front_args, busy_cycles)
+        with progress(len(wanted) * repeat, quiet=output.json) as step:
+            for pair in run_pairs(rig, wanted, repeat, stop.asked, lambda cell, error: problems.append((cell, error))):
+                pairs.append(pair)
+                step(f"{pair.cell}: {pair.dpdk / 1e6:.1f} / {pair.vq / 1e6:.1f} Mpps, {pair.tag}")
+                if output.json:
+                    write_json(encode({"pair": {**asdict(pair), "ratio": pair.ratio}}))
+        _show(facts, peer_rows(pairs), pairs, problems, output, early=stop.asked())
+    if problems and not pairs:
+        raise problems[0][1]
+    return stop.code(ok=not problems, measured=bool(pairs))
+
+
+def _two(cpus: Sequence[int] | None) -> tuple[int, int]:
+    if cpus is None:
+        import os
+
+        cpus = sorted(os.sched_getaffinity(0))[:2]
+    if len(cpus) != 2:
+        raise UsageError(f"--cpu {','.join(map(str, cpus))}: two are needed, the back-end's and the front-end's")
+    return cpus[0], cpus[1]
+
+
+def _records(facts: Facts, rows: Sequence[PeerRow]) -> list[dict[str, Any]]:
+    return [{**asdict(row), **asdict(facts)} for row in rows]
+
+
+def _show(
+    facts: Facts,
+    rows: Sequence[PeerRow],
+    pairs: Sequence[Pair],
+    problems: Sequence[tuple[Cell, ResourceError]],
+    output: Output,
+    *,
+    early: bool,
+) -> None:
+    lines = [(f"{cell} failed: {error}", "red") for cell, error in problems]
+    lines += _across(rows, pairs)
+    save_csv(output, _records(facts, rows))
+    if output.json:
+        record = {
+            "facts": asdict(facts),
+            "rows": [asdict(row) for row in rows],
+            "pairs": [{**asdict(pair), "ratio": pair.ratio} for pair in pairs],
+            "problems": [f"{cell}: {error}" for cell, error in problems],
+        }
+        write_json(encode(record, final=True))
+        return
+    if not rows:
+        with check_output():
+            print("\n".join(text for text, _ in lines) or "ended before a pair was done", flush=True)
+        return
+    lines += [("ended early, with what was measured until then", "yellow")] if early else []
+    lines += [(line, "dim") for line in facts.lines()]
+    print_table(_table(rows), lines)
+
+
+def _across(rows: Sequence[PeerRow], pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """Lines about the pairs that count nowhere."""
+    from vq.bench.distance import FAR, NEAR
+
+    across = [pair for pair in pairs if pair.tag not in (NEAR, FAR)]
+    counted = {row.cell for row in rows}
+    missing = dict.fromkeys(pair.cell for pair in across if pair.cell not in counted)
+    lines = [(f"{cell}: no pair inside one tag; run it again", "yellow") for cell in missing]
+    if across:
+        what = f"not counted, {len(across)} of {len(pairs)} pairs: the distance changed (before-after, DPDK / vq)"
+        lines.append((what, "yellow"))
+    for pair in across:
+        a, b, c, d = pair.distances
+        rates = f"{pair.dpdk / 1e6:.2f} / {pair.vq / 1e6:.2f} Mpps, {pair.ratio:.2f}"
+        lines.append((f"  {pair.cell}: {rates}, {a:.0f}-{b:.0f} / {c:.0f}-{d:.0f} ns", "dim"))
+    return lines
+
+
+def _table(rows: Sequence[PeerRow]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="packets a second at the front-end, DPDK's back-end and ours", title_justify="left")
+    cycles = any(row.dpdk_cycles is not None or row.vq_cycles is not None for row in rows)
+    names = ["cell", "cores", "DPDK Mpps", "vq Mpps", "vq / DPDK", "min-max", "pairs"]
+    names += ["DPDK cycles", "vq cycles"] if cycles else []
+    trip = any(row.cell.startswith("rtt") for row in rows)
+    names += ["round trip ns, DPDK / vq"] if trip else []
+    for name in names:
+        table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=True)
+    for row in rows:
+        words = [row.cell, f"{row.tag} {row.distance:.0f} ns", f"{row.dpdk / 1e6:.2f}", f"{row.vq / 1e6:.2f}"]
+        words += [f"{row.ratio:.2f}", f"{row.low:.2f}-{row.high:.2f}", str(row.pairs)]
+        words += [_cycles(row.dpdk_cycles), _cycles(row.vq_cycles)] if cycles else []
+        words += [f"{1e9 / row.dpdk:.0f} / {1e9 / row.vq:.0f}" if row.cell.startswith("rtt") else ""] if trip else []
+        table.add_row(*words)
+    return table
+
+
+def _cycles(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
