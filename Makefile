@@ -4,6 +4,7 @@
 # make peers  the peers only
 # make lint   ruff, cython-lint, mypy
 # make bench  the benchmarks; keeps each result under .benchmarks/
+# make tuning the plots and tables of docs/tuning.md, measured on this machine in less than five minutes
 # make clean  removes everything that these made
 #
 # Arguments for the program and for pytest: make demo DEMO="--size 1518 --duration 3", make test TESTS="tests/vq -k ring"
@@ -16,7 +17,7 @@ TESTS ?=
 # Compiling starts anew when one of these changes; nothing happens when none did.
 SOURCES := $(shell find vq_core -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 
-.PHONY: demo test build peers lint bench clean
+.PHONY: demo test build peers lint bench tuning clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/tested
@@ -40,7 +41,22 @@ lint: build
 
 bench: build
 	@$(call EXTRA,bench)
-	@$(BIN)/python -m pytest benchmarks/bench_way.py --benchmark-autosave $(TESTS)
+	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-autosave $(TESTS)
+
+# Each of them: a table, and the plot of the same runs.
+TUNING := size ring window layout queues latency
+tuning_size := throughput
+tuning_ring := sweep ring=32..4096 size=64,1518
+tuning_window := sweep window=1..256 size=64,1518
+tuning_layout := sweep descriptors=1,2,indirect layout=split,packed
+tuning_queues := sweep queues=1..8 poll=busy,adaptive
+tuning_latency := latency
+
+tuning: build
+	@$(call EXTRA,plots)
+	@mkdir -p docs/tuning
+	@set -e; $(foreach name,$(TUNING),echo "docs/tuning/$(name).svg"; $(BIN)/vq bench $(tuning_$(name)) --seconds 0.3 \
+	    --plot docs/tuning/$(name).svg > docs/tuning/$(name).txt;) $(BIN)/vq bench tune > docs/tuning/tune.txt
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,85 @@
+"""One table of all stages: cycles per packet or call.
+
+    python -m benchmarks.table RESULT [OLDER]      from JSON that pytest-benchmark kept; beside an older one, if given
+
+The stage benchmarks print it at the end of their run as well.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+LAYOUTS = ("split", "packed", "any")
+Row = tuple[str, str, str]
+
+
+def rows(infos: Iterable[Mapping[str, Any]]) -> dict[Row, dict[str, float]]:
+    """Cycles by layout under (stage, variant, unit), in the order given."""
+    found: dict[Row, dict[str, float]] = {}
+    for info in infos:
+        if "stage" in info:
+            found.setdefault((info["stage"], info["variant"], info["unit"]), {})[info["layout"]] = info["cycles"]
+    return found
+
+
+def cell(cycles: float | None, older: float | None) -> str:
+    """A figure, and by how much it is above or below an older one."""
+    if cycles is None:
+        return ""
+    text = f"{cycles:.1f}"
+    return text if older is None else f"{text} ({cycles / older - 1:+.0%})"
+
+
+def table(infos: Iterable[Mapping[str, Any]], older: Iterable[Mapping[str, Any]] = (), title: str = "") -> Table:
+    """The table of results.
+
+    Parameters
+    ----------
+    infos
+        `extra_info` of each benchmark.
+    older
+        Those of another run, to compare with.
+    title
+        What stands above it.
+    """
+    result = Table(title=title, title_justify="left")
+    result.add_column("stage")
+    result.add_column("variant")
+    for layout in LAYOUTS:
+        result.add_column("either" if layout == "any" else layout, justify="right")
+    result.add_column("cycles per")
+    before = rows(older)
+    last = ""
+    for (stage, variant, unit), cycles in rows(infos).items():
+        if last and stage != last:
+            result.add_section()
+        then = before.get((stage, variant, unit), {})
+        figures = [cell(cycles.get(layout), then.get(layout)) for layout in LAYOUTS]
+        result.add_row(stage if stage != last else "", variant, *figures, unit)
+        last = stage
+    return result
+
+
+def load(path: str) -> list[dict[str, Any]]:
+    """`extra_info` of each benchmark in a file that pytest-benchmark wrote."""
+    return [item["extra_info"] for item in json.loads(Path(path).read_text())["benchmarks"]]
+
+
+def main(paths: list[str]) -> int:
+    """Print the table of one file, or of two side by side."""
+    if not 1 <= len(paths) <= 2:
+        print("usage: python -m benchmarks.table RESULT [OLDER]", file=sys.stderr)
+        return 2
+    Console().print(table(*(load(path) for path in paths), title=" beside ".join(paths)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
