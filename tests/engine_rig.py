@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vq_core.driver import DriverQueue, GuestMemory
+from vq_core.driver import DriverQueue
+from vq_core.guest_memory import GuestMemory
 from vq_core.memory import MemoryMap
 from vq_core.ports.vhost import VhostPort
 from vq_core.worker import Plan, Worker
@@ -26,24 +27,6 @@ _PATTERN = bytes(1 + (i * 11 + (i >> 7)) % 127 for i in range(4096 + 66000))
 def pattern(length: int, seed: int) -> bytes:
     """Bytes that never equal the canary nor zero, so that each one that is written shows."""
     return _PATTERN[seed * 37 % 4096 :][:length]
-
-
-def wait_used(queue: DriverQueue, seconds: float = 5.0) -> bool:
-    """Sleep until a used buffer is there, whatever calls come for nothing meanwhile."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        if queue.wait(left):
-            return True
-    return False
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Wait until `condition` gives something true, and give that."""
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.0005)
-    return result
 
 
 def signals(fd: int) -> int:

@@ -7,8 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -17,8 +16,10 @@ from vq import virtio as v
 from vq.frontend import Frontend, RingSetup
 from vq.payload import Region
 from vq.pump import Pump
-from vq_core.driver import DriverQueue, GuestMemory
+from vq_core.driver import DriverQueue
+from vq_core.guest_memory import GuestMemory
 from vq_core.traffic import Exchange
+from waiting import wait_for
 
 PLAIN = v.mask(v.VIRTIO_F_VERSION_1)
 USUAL = v.mask(v.VIRTIO_F_VERSION_1, v.VIRTIO_F_EVENT_IDX)
@@ -37,24 +38,6 @@ CLEAN = {"lost": 0, "duplicated": 0, "reordered": 0, "changed": 0}
 def faults(traffic: Exchange) -> dict[str, int]:
     """What an exchange found to be wrong."""
     return {name: traffic.counters[name] for name in CLEAN}
-
-
-def wait_used(queue: DriverQueue, seconds: float = 5.0) -> bool:
-    """Sleep until a used buffer is there, whatever calls come for nothing meanwhile."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        if queue.wait(left):
-            return True
-    return False
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Wait until `condition` gives something true, and give that."""
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.001)
-    return result
 
 
 def mapped(what: str = "memfd:vq-guest-memory") -> int:
@@ -166,7 +149,7 @@ class Guest:
 
     def receive(self, seconds: float = 5.0, pair: int = 0) -> tuple[bytes, bytes]:
         """Header and payload of the next packet."""
-        assert wait_used(self.receiveqs[pair], seconds), "no packet came"
+        assert self.receiveqs[pair].wait(seconds), "no packet came"
         ((token, length),) = self.receiveqs[pair].poll(1)
         data = token.written(length)
         return data[:12], data[12:]
@@ -199,7 +182,7 @@ def pump_process(*ports: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def pumping(*ports: str, cpus: Sequence[int] | None = None, poll: str = "adaptive") -> Iterator[Pump]:
+def pumping(*ports: str | Sequence[str], cpus: Sequence[int] | None = None, poll: str = "adaptive") -> Iterator[Pump]:
     """A pump whose control loop runs in a thread of its own, which ends with the block."""
     box: queue.Queue[Pump | BaseException] = queue.Queue()
 

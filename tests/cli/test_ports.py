@@ -86,7 +86,7 @@ def test_a_spec_never_changes() -> None:
         ("vhost:a,queues=\u0663", ["a whole number"]),
         ("vhost:a,queues=2,queues=3", ["queues is given twice"]),
         ("vhost:a,client=yes", ["client takes no value"]),
-        ("vhost:a,layout=triangle", ["layout is 'triangle'", "possible: split"]),
+        ("vhost:a,layout=triangle", ["layout is 'triangle'", "possible: packed, split"]),
         ("vhost:a,mode=888", ["mode is '888'", "an octal number from 0000 to 0777"]),
         ("vhost:a,mode=7777", ["mode is 7777, out of range"]),
         ("vhost:" + "x" * 108, ["108 bytes", "107"]),

@@ -209,3 +209,13 @@ def test_connections_are_logged_as_key_value(tmp_path: Path, started: list[subpr
     lines = [line for line in errors.splitlines() if f"connected={path}" in line]
     assert lines
     assert all(line.startswith("time=") and " level=info logger=vq." in line for line in lines)
+
+
+@pytest.mark.parametrize("sub_burst", ["0", "33"])
+def test_a_sub_burst_outside_of_a_burst_is_refused(sub_burst: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vq", "pump", "gen:count=1", "null:", "--sub-burst", sub_burst],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"--sub-burst is {sub_burst}; write 1 to 32 packets" in done.stderr

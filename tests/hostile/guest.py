@@ -14,7 +14,8 @@ from vq.errors import BackendError, ConnectionClosed
 from vq.frontend import Frontend
 from vq.message import FRONTEND_REQUESTS, NEED_REPLY, VERSION, Request
 from vq.payload import Region
-from vq_core.driver import DriverQueue, GuestMemory
+from vq_core.driver import DriverQueue
+from vq_core.guest_memory import GuestMemory
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 PAGE = 4096

@@ -11,17 +11,7 @@ import sys
 import threading
 
 from vq.cli import logs
-from vq.plan import make_flows, spread
 from vq.pump import Pump
-
-
-class Echoes(Pump):
-    """A pump that only differs in where packets go: back to where they came from."""
-
-    def _plan(self) -> None:
-        self._replan = False
-        flows = [flow for port in self.ports for flow in make_flows([port.port], None)]
-        self._publish(spread(flows, len(self.workers)))
 
 
 def answer(pump: Pump) -> None:
@@ -33,7 +23,7 @@ def answer(pump: Pump) -> None:
 
 def main() -> None:
     logs.configure(1)
-    with Echoes([f"vhost:{path},queues=2" for path in sys.argv[1:]]) as pump:
+    with Pump([[f"vhost:{path},queues=2"] for path in sys.argv[1:]]) as pump:
         threading.Thread(target=answer, args=[pump], daemon=True).start()
         pump.run()
 

@@ -17,7 +17,8 @@ import vq
 from vq import virtio as v
 from vq.frontend import Frontend, RingSetup
 from vq.payload import Region
-from vq_core.driver import DriverQueue, GuestMemory
+from vq_core.driver import DriverQueue
+from vq_core.guest_memory import GuestMemory
 from vq_core.traffic import Exchange, traffic_memory_bytes
 
 HERE = Path(__file__).resolve().parent

@@ -16,7 +16,8 @@ from vq import virtio as v
 from vq.errors import BackendError, ConnectionClosed, VqError
 from vq.frontend import Frontend
 from vq.message import HEADER, NEED_REPLY, REPLY, VERSION, Request, encode
-from vq_core.driver import BrokenRingError, DriverQueue, GuestMemory
+from vq_core.driver import BrokenRingError, DriverQueue
+from vq_core.guest_memory import GuestMemory
 from vq_core.traffic import Exchange
 
 R = Request

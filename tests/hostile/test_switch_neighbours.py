@@ -16,7 +16,8 @@ from hostile.guest import INDIRECT, NEXT, WRITE, A, Guest
 from hostile.process import Program, share, start, wait_until
 from vq import virtio as v
 from vq.frontend import Frontend
-from vq_core.driver import DriverQueue, GuestMemory
+from vq_core.driver import DriverQueue
+from vq_core.guest_memory import GuestMemory
 from vq_core.traffic import Exchange, traffic_memory_bytes
 
 BUFFERS = A + 0x200000

@@ -13,10 +13,11 @@ from vhost_rig import Peer, open_fds
 @pytest.fixture(autouse=True)
 def no_fd_is_left() -> Iterator[None]:
     """Fail a test after which an fd is open that was not open before, or the other way round."""
+    gc.collect()  # what earlier tests left may own fds
     before = open_fds()
     yield
     if open_fds() != before:
-        gc.collect()  # an object of an earlier test may have been the only owner
+        gc.collect()
     assert open_fds() == before
 
 

@@ -19,15 +19,16 @@ CPUS = len(os.sched_getaffinity(0))
 @pytest.mark.parametrize(
     ("size", "queue_size"), [(64, 256), (65, 256), (1518, 256), (9000, 64), (65535, 256), (64, 2), (64, 4096)]
 )
-def test_every_packet_comes_back(size: int, queue_size: int) -> None:
-    result = demo.run_demo(size, 0.2, queue_size=queue_size)
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_every_packet_comes_back(size: int, queue_size: int, layout: str) -> None:
+    result = demo.run_demo(size, 0.2, layout, queue_size=queue_size)
     assert (result.lost, result.duplicated, result.reordered, result.changed) == (0, 0, 0, 0)
     assert result.ok
     assert result.packets > 100
     assert result.bytes == result.packets * size
     assert 0.2 <= result.seconds < 2
     assert result.rate == pytest.approx(result.packets / result.seconds)
-    assert (result.layout, result.size, result.queue_size) == ("split", size, queue_size)
+    assert (result.layout, result.size, result.queue_size) == (layout, size, queue_size)
 
 
 def test_progress_is_told() -> None:

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vq.plan import Flow, make_flows, spread
-from vq_core.driver import DriverQueue, GuestMemory
+from vq_core.driver import DriverQueue
+from vq_core.guest_memory import GuestMemory
 from vq_core.memory import MemoryMap
 from vq_core.port import Port
 from vq_core.ports.gen import GenPort
 from vq_core.ports.null import NullPort
 from vq_core.ports.vhost import VhostPort
-from vq_core.switch import Switch
+from vq_core.switch import Switch, SwitchLane
 
 VERSION_1 = 1 << 32
 
@@ -44,8 +45,19 @@ def named(flows: Sequence[Flow]) -> list[tuple[str, int, str, int]]:
 
 def test_one_port_is_an_echo() -> None:
     host = Host()
-    assert named(make_flows([host.port("a", 4)], None)) == [("a", 0, "a", 0)]  # pair 0 announces, if nothing else
+    assert named(make_flows([host.port("a", 4)], None)) == []  # idle: in nobody's way
     assert named(make_flows([host.port("a", 4, [True, False, True])], None)) == [("a", i, "a", i) for i in range(3)]
+
+
+def test_what_is_announced_needs_no_ring() -> None:
+    host = Host()
+    a, b = host.port("a", 2), host.port("b", 1)
+    a.announce(bytes.fromhex("525400123456"))
+    assert named(make_flows([a, b], None)) == [("a", 0, "b", 0)]
+    lanes: dict[int, SwitchLane] = {}
+    (flow,) = make_flows([a, b, NullPort("c")], Switch(3), lanes)
+    assert flow.source is a
+    assert [member and member[0].name for member in lanes[0].members] == ["a", None, "c"]
 
 
 def test_two_ports_are_a_patch() -> None:
@@ -96,6 +108,26 @@ def test_three_ports_are_a_switch() -> None:
     assert first.switch is second.switch is switch
 
 
+def test_idle_ports_are_in_no_lane() -> None:
+    host = Host()
+    ports = [host.port("a", 2, [True]), host.port("b", 2), host.port("c", 1, [False]), host.port("d", 1, [True])]
+    lanes: dict[int, SwitchLane] = {}
+    switch = Switch(4)
+    flows = make_flows(ports, switch, lanes)
+    assert [(flow.source.name, flow.source_index, flow.target_index) for flow in flows] == [
+        ("a", 0, 0),
+        ("c", 0, 2),
+        ("d", 0, 3),
+    ]
+    lane = lanes[0]
+    assert [member and (member[0].name, member[1]) for member in lane.members] == [("a", 0), None, ("c", 0), ("d", 0)]
+    assert make_flows(ports, switch, lanes) == flows  # with the same lane, so that a worker need not be asked
+    ports[3].queues[1].stop()
+    ports[3].queues[0].stop()
+    (first, second) = make_flows(ports, switch, lanes)
+    assert first.target is second.target is lanes[0] is not lane
+
+
 shapes = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=20)
 
 
@@ -113,6 +145,22 @@ def test_flows_are_shared_out_and_kept_together(pairs: list[tuple[int, int]], wo
             for port, index in flow.endpoints:
                 assert owners.setdefault((id(port), index), number) == number
     assert spread(flows, workers) == shares
+    assert spread(flows, workers, owners) == shares  # nobody moves
+
+
+def test_flows_stay_where_they_are_while_that_is_fair() -> None:
+    port = NullPort("p", endpoints=6)
+    flows = [Flow(port, i, port, i) for i in range(6)]
+
+    def placed(numbers: Sequence[int], owners: dict[int, int]) -> list[list[int]]:
+        known = {(id(port), index): place for index, place in owners.items()}
+        return [[f.source_index for f in share] for share in spread([flows[i] for i in numbers], 2, known)]
+
+    assert placed([0, 1, 2, 3], {}) == [[0, 2], [1, 3]]
+    assert placed([0, 2, 3], {0: 0, 1: 1, 2: 0, 3: 1}) == [[0, 2], [3]]  # 1 has gone, and nobody moves for it
+    assert placed([0, 2, 3, 4], {0: 0, 2: 0, 3: 1}) == [[0, 2], [3, 4]]
+    assert placed([0, 2], {0: 0, 2: 0}) == [[0], [2]]
+    assert placed([0, 1, 2, 3, 4, 5], dict.fromkeys(range(6), 1)) == [[3, 4, 5], [0, 1, 2]]
 
 
 def test_independent_flows_go_to_different_workers() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine_rig import EVENT_IDX, INDIRECT, MRG_RXBUF, PAGE, VERSION_1, Arena, Guest, pattern
 from vq_core.dirty import DirtyLog
-from vq_core.driver import GuestMemory
+from vq_core.guest_memory import GuestMemory
 
 many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FIRST = 0x10_0000  # low addresses, so that a log of all memory is small
@@ -209,8 +209,8 @@ def test_pages_beyond_the_log_are_counted_and_not_marked(harness: ModuleType) ->
             source.add(pattern(length, length))
         assert harness.move(source, 0, guest.port, 0) == (4, 4)
         assert log.marked() == {31}
-        # Three payloads, the header that crosses the end of the log; four used elements and the index.
-        assert log.log.outside == 8 + 5 - 2
+        # Three packets, of which one crosses the end of the log; the four used elements together, and the index.
+        assert log.log.outside == 3 + 2
         assert os.pread(log.fd, 100, log.size) == b"\xaa" * 100
     finally:
         os.close(log.fd)

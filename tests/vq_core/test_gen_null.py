@@ -9,11 +9,12 @@ import pytest
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
-from engine_rig import VERSION_1, Guest, pattern, running, wait_for
+from engine_rig import VERSION_1, Guest, pattern, running
 from vq_core.offload import Offload
 from vq_core.ports.gen import GenPort, frame
 from vq_core.ports.null import NullPort
 from vq_core.worker import Plan, Worker
+from waiting import wait_for
 
 
 @pytest.mark.parametrize("size", [60, 61, 64, 1514, 9216])

@@ -8,10 +8,11 @@ from types import ModuleType
 
 import pytest
 
-from engine_rig import VERSION_1, Guest, running, wait_for
+from engine_rig import VERSION_1, Guest, running
 from vq_core.handover import StuckWorkerError
 from vq_core.memory import MemoryMap
 from vq_core.worker import Plan, Worker
+from waiting import wait_for
 
 
 def mapped() -> int:

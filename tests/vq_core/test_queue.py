@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine_rig import EVENT_IDX, INDIRECT, PAGE, VERSION_1, Guest, pattern, signals
-from vq_core.driver import DriverQueue, GuestMemory
+from vq_core.driver import DriverQueue
+from vq_core.guest_memory import GuestMemory
 from vq_core.memory import MemoryMap
 from vq_core.queue import Queue
 
@@ -392,6 +393,11 @@ def test_snapshot_says_what_happened(harness: ModuleType) -> None:
         "packets": 1,
         "bytes": 5,
         "dropped": {"too_short": 1},
+        "busy_cycles": 0,  # they are the worker's to count, as is the rest
+        "cycles_per_packet": 0.0,
+        "empty_polls": 0,
+        "bursts": {},
+        "layout": "split",
         "calls": 1,
         "calls_suppressed": 0,
         "size": 32,

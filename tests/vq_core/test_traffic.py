@@ -10,15 +10,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from reference_device import ReferenceDevice
-from vq_core.driver import BrokenRingError, DriverQueue, GuestMemory
+from driver_rig import EVENT_IDX, IN_ORDER, LAYOUTS, VERSION_1, every_layout
+from reference_device import Device, reference_device
+from vq_core.driver import BrokenRingError, DriverQueue
+from vq_core.guest_memory import GuestMemory
 from vq_core.traffic import Exchange, Sink, Source, traffic_memory_bytes
 
-VERSION_1 = 1 << 32
-EVENT_IDX = 1 << 29
 INDIRECT = 1 << 28
 MRG_RXBUF = 1 << 15
-IN_ORDER = 1 << 35
 
 Fault = Callable[[int, bytes], list[bytes]]
 
@@ -33,7 +32,7 @@ class Echo:
     def __init__(
         self, pairs: list[tuple[DriverQueue, DriverQueue]], fault: Fault = honest, *, features: int = VERSION_1
     ) -> None:
-        self.pairs = [(ReferenceDevice(transmitq), ReferenceDevice(receiveq), []) for transmitq, receiveq in pairs]
+        self.pairs = [(reference_device(transmitq), reference_device(receiveq), []) for transmitq, receiveq in pairs]
         self.calls = [(transmitq.call_fd, receiveq.call_fd) for transmitq, receiveq in pairs]
         self.fault = fault
         self.header_bytes = 12 if features & (VERSION_1 | MRG_RXBUF) else 10
@@ -64,13 +63,13 @@ class Echo:
                     os.eventfd_write(call, 1)
         return taken
 
-    def deliver(self, device: ReferenceDevice, packet: bytes) -> bool:
+    def deliver(self, device: Device, packet: bytes) -> bool:
         """Write one packet, into several buffers if they may be merged; False without a buffer."""
         chains, room = [], 0
         while room < len(packet) + self.header_bytes:
             chain = device.pop()
             if chain is None:
-                device.next_avail = (device.next_avail - len(chains)) % 65536
+                device.unpop(chains)
                 return False
             chains.append(chain)
             room += chain.room
@@ -108,11 +107,20 @@ def served(echo: Echo) -> Iterator[Echo]:
     assert not problems, problems
 
 
-def pair(memory: GuestMemory, size: int = 32, features: int = VERSION_1) -> tuple[DriverQueue, DriverQueue]:
+def pair(
+    layout: str, memory: GuestMemory, size: int = 32, features: int = VERSION_1
+) -> tuple[DriverQueue, DriverQueue]:
+    features = in_layout(layout, features)
     return DriverQueue(memory, size, features=features), DriverQueue(memory, size, features=features)
 
 
+def in_layout(layout: str, features: int) -> int:
+    """A packed ring comes with VERSION_1, a split one without as well."""
+    return features | (LAYOUTS["packed"] if layout == "packed" else 0)
+
+
 def exchange(
+    layout: str,
     sizes: int | tuple[int, ...] = 64,
     packets: int = 200,
     fault: Fault = honest,
@@ -124,9 +132,9 @@ def exchange(
 ) -> tuple[dict[str, int], Echo, Exchange]:
     largest = sizes if isinstance(sizes, int) else max(sizes)
     memory = GuestMemory(traffic_memory_bytes(queue_size, largest, pairs=pairs))
-    queues = [pair(memory, queue_size, features) for _ in range(pairs)]
+    queues = [pair(layout, memory, queue_size, features) for _ in range(pairs)]
     engine = Exchange(queues, sizes, patience=0.3, **options)
-    with served(Echo(queues, fault, features=features)) as echo:
+    with served(Echo(queues, fault, features=in_layout(layout, features))) as echo:
         engine.run(packets=packets)
     return engine.counters, echo, engine
 
@@ -138,9 +146,10 @@ def faults(counters: dict[str, int]) -> dict[str, int]:
     return {name: counters[name] for name in CLEAN}
 
 
+@every_layout
 @pytest.mark.parametrize("sizes", [64, 65, 71, 72, 95, 96, 127, 1514, 9000, 65535, (64, 1514, 600, 67)])
-def test_packets_come_back(sizes: int | tuple[int, ...]) -> None:
-    counters, echo, engine = exchange(sizes)
+def test_packets_come_back(layout: str, sizes: int | tuple[int, ...]) -> None:
+    counters, echo, engine = exchange(layout, sizes)
     assert faults(counters) == CLEAN
     assert counters["sent"] == counters["received"] == counters["verified"] == echo.count == 200
     every = (sizes,) if isinstance(sizes, int) else sizes
@@ -150,17 +159,19 @@ def test_packets_come_back(sizes: int | tuple[int, ...]) -> None:
     assert engine.seconds > 0
 
 
+@every_layout
 @pytest.mark.parametrize("features", [0, VERSION_1, MRG_RXBUF, VERSION_1 | EVENT_IDX, VERSION_1 | IN_ORDER])
 @pytest.mark.parametrize("poll", ["busy", "sleep"])
-def test_features(features: int, poll: str) -> None:
-    counters, _, _ = exchange(100, features=features, poll=poll)
+def test_features(layout: str, features: int, poll: str) -> None:
+    counters, _, _ = exchange(layout, 100, features=features, poll=poll)
     assert faults(counters) == CLEAN
     assert counters["verified"] == 200
 
 
+@every_layout
 @pytest.mark.parametrize(("descriptors", "indirect"), [(2, False), (3, False), (5, True), (1, True), (16, True)])
-def test_shapes_of_buffers(descriptors: int, indirect: bool) -> None:
-    counters, echo, _ = exchange(700, features=VERSION_1 | INDIRECT, descriptors=descriptors, indirect=indirect)
+def test_shapes_of_buffers(layout: str, descriptors: int, indirect: bool) -> None:
+    counters, echo, _ = exchange(layout, 700, features=VERSION_1 | INDIRECT, descriptors=descriptors, indirect=indirect)
     assert faults(counters) == CLEAN
     assert counters["verified"] == 200
     (shape,) = echo.shapes
@@ -169,40 +180,56 @@ def test_shapes_of_buffers(descriptors: int, indirect: bool) -> None:
     assert shape[0] == (712 if descriptors == 1 else 12)
 
 
+@every_layout
 @pytest.mark.parametrize(
     ("size", "receive_bytes", "buffers"), [(9000, 1500, 6), (65535, 4096, 16), (1000, 64, 14), (1512, 1512, 1)]
 )
-def test_mergeable_buffers(size: int, receive_bytes: int, buffers: int) -> None:
-    counters, echo, _ = exchange(size, features=VERSION_1 | MRG_RXBUF, receive_bytes=receive_bytes)
+def test_mergeable_buffers(layout: str, size: int, receive_bytes: int, buffers: int) -> None:
+    counters, echo, _ = exchange(layout, size, features=VERSION_1 | MRG_RXBUF, receive_bytes=receive_bytes)
     assert faults(counters) == CLEAN
     assert counters["verified"] == 200
     assert echo.most_buffers == buffers
 
 
-def test_several_pairs() -> None:
-    counters, echo, _ = exchange(64, 999, pairs=3)
+@every_layout
+def test_several_pairs(layout: str) -> None:
+    counters, echo, _ = exchange(layout, 64, 999, pairs=3)
     assert faults(counters) == CLEAN
     assert counters["verified"] == echo.count == 999
 
 
-def test_packets_differ() -> None:
+def test_the_layouts_of_a_pair_may_differ() -> None:
+    """They may belong to two devices."""
+    memory = GuestMemory(1 << 20)
+    split, packed = pair("split", memory), pair("packed", memory)
+    for queues in ((split[0], packed[1]), (packed[0], split[1])):
+        engine = Exchange([queues], (64, 300))
+        with served(Echo([queues])):
+            engine.run(packets=500)
+        assert faults(engine.counters) == CLEAN
+        assert engine.counters["verified"] == 500
+
+
+@every_layout
+def test_packets_differ(layout: str) -> None:
     seen: list[bytes] = []
 
     def keep(number: int, packet: bytes) -> list[bytes]:
         seen.append(packet)
         return [packet]
 
-    exchange(200, 500, keep, pairs=2)
+    exchange(layout, 200, 500, keep, pairs=2)
     assert len(set(seen)) == 500
     for at in range(40, 200, 8):  # the payload too, at every position
         assert len({packet[at : at + 8] for packet in seen}) >= 250
     assert {packet[12:14] for packet in seen} == {b"\x88\xb5"}
 
 
-def test_the_window_is_kept() -> None:
+@every_layout
+def test_the_window_is_kept(layout: str) -> None:
     """With one packet under way the device never sees two."""
     memory = GuestMemory(1 << 20)
-    queues = pair(memory)
+    queues = pair(layout, memory)
     engine = Exchange([queues], 64, window=1)
     echo = Echo([queues])
     most = 0
@@ -229,25 +256,29 @@ def at(numbers: set[int], otherwise: Fault) -> Fault:
     return lambda number, packet: otherwise(number, packet) if number in numbers else [packet]
 
 
-def test_finds_lost_packets() -> None:
-    counters, _, _ = exchange(64, 200, at({0, 50, 51, 52, 199}, lambda number, packet: []))
+@every_layout
+def test_finds_lost_packets(layout: str) -> None:
+    counters, _, _ = exchange(layout, 64, 200, at({0, 50, 51, 52, 199}, lambda number, packet: []))
     assert faults(counters) == CLEAN | {"lost": 5}
     assert counters["verified"] == 195
 
 
-def test_finds_the_loss_of_a_whole_window_and_goes_on() -> None:
-    counters, _, _ = exchange(64, 500, at(set(range(100, 140)), lambda number, packet: []))
+@every_layout
+def test_finds_the_loss_of_a_whole_window_and_goes_on(layout: str) -> None:
+    counters, _, _ = exchange(layout, 64, 500, at(set(range(100, 140)), lambda number, packet: []))
     assert faults(counters) == CLEAN | {"lost": 40}
     assert counters["verified"] == 460
 
 
-def test_finds_duplicated_packets() -> None:
-    counters, _, _ = exchange(64, 200, at({0, 50, 199}, lambda number, packet: [packet] * 3), window=8)
+@every_layout
+def test_finds_duplicated_packets(layout: str) -> None:
+    counters, _, _ = exchange(layout, 64, 200, at({0, 50, 199}, lambda number, packet: [packet] * 3), window=8)
     assert faults(counters) == CLEAN | {"duplicated": 6}
     assert counters["verified"] == 200
 
 
-def test_finds_reordered_packets() -> None:
+@every_layout
+def test_finds_reordered_packets(layout: str) -> None:
     held: list[bytes] = []
 
     def swap(number: int, packet: bytes) -> list[bytes]:
@@ -258,25 +289,27 @@ def test_finds_reordered_packets() -> None:
             return [packet, held.pop()]
         return [packet]
 
-    counters, _, _ = exchange(64, 200, swap)
+    counters, _, _ = exchange(layout, 64, 200, swap)
     assert faults(counters) == CLEAN | {"reordered": 4}
     assert counters["verified"] == 200
 
 
+@every_layout
 @pytest.mark.parametrize("size", [64, 70, 1514])
-def test_finds_any_changed_bit(size: int) -> None:
+def test_finds_any_changed_bit(layout: str, size: int) -> None:
     """Bit flips at every byte of a packet, one a packet."""
 
     def flip(number: int, packet: bytes) -> list[bytes]:
         place = number % size
         return [packet[:place] + bytes([packet[place] ^ 1 << number % 8]) + packet[place + 1 :]]
 
-    counters, _, _ = exchange(size, size, flip, queue_size=512)
+    counters, _, _ = exchange(layout, size, size, flip, queue_size=512)
     assert faults(counters) == CLEAN | {"changed": size}
     assert counters["verified"] == 0
 
 
-def test_finds_swapped_and_cancelling_changes() -> None:
+@every_layout
+def test_finds_swapped_and_cancelling_changes(layout: str) -> None:
     def swap_words(number: int, packet: bytes) -> list[bytes]:
         return [packet[:48] + packet[56:64] + packet[48:56] + packet[64:]]
 
@@ -287,10 +320,11 @@ def test_finds_swapped_and_cancelling_changes() -> None:
         return [bytes(changed)]
 
     for fault in (swap_words, flip_high_bits):
-        counters, _, _ = exchange(128, 50, fault)
+        counters, _, _ = exchange(layout, 128, 50, fault)
         assert faults(counters) == CLEAN | {"changed": 50}
 
 
+@every_layout
 @pytest.mark.parametrize(
     "fault",
     [
@@ -302,27 +336,29 @@ def test_finds_swapped_and_cancelling_changes() -> None:
     ],
     ids=["one byte short", "truncated", "empty", "zeroes", "ones"],
 )
-def test_finds_other_packets(fault: Fault) -> None:
-    counters, _, _ = exchange(100, 60, fault)
+def test_finds_other_packets(layout: str, fault: Fault) -> None:
+    counters, _, _ = exchange(layout, 100, 60, fault)
     assert faults(counters) == CLEAN | {"changed": 60}
 
 
-def test_finds_packets_from_the_future() -> None:
+@every_layout
+def test_finds_packets_from_the_future(layout: str) -> None:
     """A number that was not sent yet, with a right checksum, is not ours."""
     collected: list[bytes] = []
-    exchange(64, 60, lambda number, packet: [collected.append(packet) or packet])
-    counters, _, _ = exchange(64, 10, at({0}, lambda number, packet: [collected[50]]))
+    exchange(layout, 64, 60, lambda number, packet: [collected.append(packet) or packet])
+    counters, _, _ = exchange(layout, 64, 10, at({0}, lambda number, packet: [collected[50]]))
     assert faults(counters) == CLEAN | {"changed": 1}
 
 
-def test_finds_a_bad_number_of_buffers() -> None:
+@every_layout
+def test_finds_a_bad_number_of_buffers(layout: str) -> None:
     memory = GuestMemory(1 << 20)
-    queues = pair(memory, features=VERSION_1 | MRG_RXBUF)
+    queues = pair(layout, memory, features=VERSION_1 | MRG_RXBUF)
     engine = Exchange([queues], 64, patience=0.1)
     counts = iter([0, 2, 40, 65535, 1])
 
     class Liar(Echo):
-        def deliver(self, device: ReferenceDevice, packet: bytes) -> bool:
+        def deliver(self, device: Device, packet: bytes) -> bool:
             chain = device.pop()
             assert chain is not None
             device.put(chain.head, chain.write(bytes(10) + next(counts).to_bytes(2, "little") + packet))
@@ -337,16 +373,18 @@ def test_finds_a_bad_number_of_buffers() -> None:
     assert engine.counters["verified"] == 1
 
 
-def test_a_broken_ring_ends_the_run() -> None:
+@every_layout
+def test_a_broken_ring_ends_the_run(layout: str) -> None:
     memory = GuestMemory(1 << 20)
-    queues = pair(memory)
+    queues = pair(layout, memory)
     engine = Exchange([queues], 64)
 
     class Hostile(Echo):
         def turn(self) -> int:
-            if int(self.pairs[0][0].avail[1]):
-                queues[1].used[0] = (900, 64)
-                queues[1].used_head[1] = 1
+            transmitq, receiveq, _ = self.pairs[0]
+            if transmitq.pop() is not None:
+                receiveq.put(900, 64)
+                receiveq.publish()
             return 0
 
     with served(Hostile([queues])), pytest.raises(BrokenRingError, match="used id 900"):
@@ -355,9 +393,10 @@ def test_a_broken_ring_ends_the_run() -> None:
     assert engine.counters["received"] == 0
 
 
-def test_a_device_that_never_answers() -> None:
+@every_layout
+def test_a_device_that_never_answers(layout: str) -> None:
     memory = GuestMemory(1 << 20)
-    queues = pair(memory)
+    queues = pair(layout, memory)
     engine = Exchange([queues], 64, patience=0.1)
     begin = time.monotonic()
     engine.run(duration=0.05)
@@ -368,9 +407,10 @@ def test_a_device_that_never_answers() -> None:
 # ---- running ----
 
 
-def test_counters_are_live_and_stop_works() -> None:
+@every_layout
+def test_counters_are_live_and_stop_works(layout: str) -> None:
     memory = GuestMemory(1 << 20)
-    queues = pair(memory)
+    queues = pair(layout, memory)
     engine = Exchange([queues], 64)
     with served(Echo([queues])):
         thread = threading.Thread(target=engine.run)
@@ -394,10 +434,11 @@ def test_counters_are_live_and_stop_works() -> None:
     assert engine.counters["verified"] == engine.counters["sent"]
 
 
-def test_source_and_sink() -> None:
+@every_layout
+def test_source_and_sink(layout: str) -> None:
     """A source on one device, a sink on another, joined by a Python patch."""
     near, far = GuestMemory(1 << 20), GuestMemory(1 << 20, guest_addr=0x9000_0000)
-    transmitq, receiveq = DriverQueue(near, 32), DriverQueue(far, 32)
+    (transmitq, _), (_, receiveq) = pair(layout, near), pair(layout, far)
     source, sink = Source([transmitq], (64, 1000)), Sink([receiveq], 1000, verify=True, patience=30)
     with served(Echo([(transmitq, receiveq)], at({7}, lambda number, packet: []))):
         thread = threading.Thread(target=sink.run, kwargs={"packets": 299})
@@ -410,9 +451,10 @@ def test_source_and_sink() -> None:
     assert faults(sink.counters) == CLEAN | {"lost": 1}
 
 
-def test_sink_counts_anything() -> None:
+@every_layout
+def test_sink_counts_anything(layout: str) -> None:
     memory = GuestMemory(1 << 20)
-    queues = pair(memory)
+    queues = pair(layout, memory)
     source, sink = Source([queues[0]], 64), Sink([queues[1]])
     with served(Echo([queues], lambda number, packet: [b"anything"])):
         thread = threading.Thread(target=sink.run, kwargs={"packets": 50})
@@ -423,6 +465,7 @@ def test_sink_counts_anything() -> None:
     assert faults(sink.counters) == CLEAN
 
 
+@every_layout
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -436,13 +479,14 @@ def test_sink_counts_anything() -> None:
         ({"poll": "never"}, "poll"),
     ],
 )
-def test_wrong_options(options: dict[str, object], text: str) -> None:
+def test_wrong_options(layout: str, options: dict[str, object], text: str) -> None:
     memory = GuestMemory(1 << 20)
     with pytest.raises(ValueError, match=text):
-        Exchange([pair(memory)], **options)
+        Exchange([pair(layout, memory)], **options)
 
 
-def test_too_little_memory() -> None:
+@every_layout
+def test_too_little_memory(layout: str) -> None:
     memory = GuestMemory(1 << 16)
     with pytest.raises(MemoryError, match="larger"):
-        Exchange([pair(memory)], 65535)
+        Exchange([pair(layout, memory)], 65535)

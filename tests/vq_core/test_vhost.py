@@ -27,7 +27,7 @@ from engine_rig import (
     Guest,
     pattern,
 )
-from vq_core.driver import GuestMemory
+from vq_core.guest_memory import GuestMemory
 
 PACKET_MAX = 65553
 FEATURES = (0, MRG_RXBUF, VERSION_1, VERSION_1 | MRG_RXBUF, VERSION_1 | EVENT_IDX)

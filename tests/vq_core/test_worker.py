@@ -25,14 +25,13 @@ from engine_rig import (
     pattern,
     running,
     signals,
-    wait_for,
-    wait_used,
 )
-from vq_core.driver import GuestMemory
+from vq_core.guest_memory import GuestMemory
 from vq_core.ports.gen import GenPort, frame
 from vq_core.ports.null import NullPort
 from vq_core.traffic import Exchange, traffic_memory_bytes
 from vq_core.worker import Plan, Worker
+from waiting import wait_for
 
 CLEAN = {"lost": 0, "duplicated": 0, "reordered": 0, "changed": 0}
 
@@ -72,7 +71,7 @@ def test_no_wake_up_is_lost(features: int) -> None:
             guest.receiveq.kick()
             guest.send(number.to_bytes(16, "little"))
             guest.transmitq.kick()
-            assert wait_used(guest.receiveq), f"packet {number} did not come back"
+            assert guest.receiveq.wait(5), f"packet {number} did not come back"
             (packet,) = guest.received()
             assert packet == number.to_bytes(16, "little")
             guest.transmitq.poll()

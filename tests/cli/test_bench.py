@@ -1,0 +1,175 @@
+"""``vq bench`` as a process: tables, JSON, CSV, signals, exit codes, errors with their remedy."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vq.bench.settings import AXES
+
+COMMAND = [sys.executable, "-m", "vq", "bench"]
+SHORT = ["--seconds", "0.02", "--repeat", "2"]
+
+
+def bench(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def final(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["final"] is True
+    return dict(record)
+
+
+def test_alone_it_measures_throughput_over_packet_sizes() -> None:
+    out = bench(*SHORT).stdout
+    for part in ("throughput of vq", "Mpps", "Gbit/s", "back-end busy", "cycles/packet", "every packet came back once"):
+        assert part in out, part
+    assert all(f" {size} " in out for size in (64, 1518, 9000))
+    assert "Linux" in out and "gcc" in out and "vq bench --seconds 0.02" in out  # machine, build, command
+
+
+def test_json_has_each_run_and_then_everything(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    done = bench("throughput", "size=64,128", "ring=128", *SHORT, "--json", "--csv", str(path))
+    *lines, _ = [json.loads(line) for line in done.stdout.splitlines()]
+    record = final(done)
+    assert [line["run"]["settings"]["size"] for line in lines] == [64, 128, 64, 128]
+    assert record["runs"] == [line["run"] for line in lines]
+    assert record["ok"] is True and record["target"] == "vq"
+    facts = record["facts"]
+    assert facts["cpu_model"] and facts["kernel"] and facts["flags"] and facts["date"]
+    assert facts["command"].startswith("vq bench throughput size=64,128 ring=128")
+    for row in record["rows"]:
+        assert row["settings"]["ring"] == 128
+        assert row["low"] <= row["rate"] <= row["high"]
+        assert row["packets"] > 0 and row["wrong"] == 0
+        assert row["tag"] in ("near", "far", "mixed", "unknown")
+    written = list(csv.DictReader(path.open()))
+    assert len(written) == len(record["rows"])
+    assert {row["command"] for row in written} == {facts["command"]}
+
+
+def test_latency() -> None:
+    done = bench("latency", "pause=0,300", "poll=adaptive", *SHORT, "--json")
+    for row in final(done)["rows"]:
+        latency = row["latency"]
+        assert 0 < latency["p50"] <= latency["p99"] <= latency["p99_9"]
+    out = bench("latency", *SHORT).stdout
+    for part in ("latency of vq", "p50 µs", "p99.9 µs", "adaptive", "sleep", "sleeps/s"):
+        assert part in out, part
+
+
+def test_a_sweep_of_two_axes() -> None:
+    record = final(bench("sweep", "window=1,32", "descriptors=1,2,indirect", *SHORT, "--json"))
+    points = {(row["settings"]["window"], row["settings"]["descriptors"]) for row in record["rows"]}
+    assert points == {(window, kind) for window in (1, 32) for kind in ("1", "2", "indirect")}
+    record = final(bench("sweep", "size=64,512", "--measure", "latency", *SHORT, "--json"))
+    assert {row["measure"] for row in record["rows"]} == {"latency"}
+
+
+def test_tune_compares_with_the_defaults() -> None:
+    done = bench("tune", "ring=64", "poll=busy", *SHORT, "--json")
+    record = final(done)
+    assert {verdict["name"] for verdict in record["verdicts"]} >= {"ring=64", "poll=busy"}
+    assert record["noise"] >= 0 and record["facts"]["command"].startswith("vq bench tune")
+    for verdict in record["verdicts"]:
+        assert verdict["low"] <= verdict["ratio"] <= verdict["high"]
+        assert verdict["verdict"] in ("better", "worse", "no difference")
+    out = bench("tune", "ring=64", "--measure", "latency", *SHORT).stdout
+    for part in ("noise: the defaults against themselves", "propose:", "ring=64", "p99"):
+        assert part in out, part
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_with_what_was_measured(number: signal.Signals, code: int) -> None:
+    words = ["sweep", "size=64,128", "--seconds", "0.1", "--repeat", "500", "--json"]
+    child = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    first = json.loads(child.stdout.readline())
+    begin = time.monotonic()
+    child.send_signal(number)
+    out, errors = child.communicate(timeout=30)
+    assert time.monotonic() - begin < 10
+    assert (child.returncode, errors) == (code, "")
+    record = json.loads(out.splitlines()[-1])
+    assert record["final"] is True
+    assert record["runs"][0] == first["run"]
+    assert record["rows"][0]["packets"] > 0
+
+
+def test_an_interrupt_leaves_the_table() -> None:
+    words = ["--seconds", "0.05", "--repeat", "1000"]
+    child = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    child.send_signal(signal.SIGINT)
+    out, errors = child.communicate(timeout=30)
+    assert (child.returncode, errors) == (130, "")
+    assert "ended early" in out and "Mpps" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (["speed"], 2, "write AXIS=VALUES"),
+        (["sweep"], 2, "nothing to vary"),
+        (["size=63"], 2, "from 64 to 65535"),
+        (["sweep", "size=64", "size=65"], 2, "was given already"),
+        (["latency", "queues=2"], 2, "latency is that of one packet"),
+        (["--repeat", "0"], 2, "--repeat 0"),
+        (["--seconds", "0"], 2, "write seconds"),
+        (["--plot", "x.txt"], 2, ".png, .svg, .pdf, or terminal"),
+        (["--csv", "no/such/folder/a.csv"], 4, "make it first"),
+        (["--socket", "no/such/socket", "size=64"], 4, "no/such/socket"),
+        (["poll=adaptive", "--socket", "a.sock"], 2, "on its own command line"),
+        (["tune", "size=64"], 2, "no setting to tune"),
+        (["tune", "ring=256"], 2, "nothing to try"),
+        (["tune", "--size", "1"], 2, "size=1"),
+        (["peers", "--cells", "io"], 2, "write DIRECTION-LAYOUT-SIZE"),
+        (["peers", "--repeat", "0"], 2, "--repeat 0"),
+        (["peers", "--seconds", "0"], 2, "--seconds 0"),
+    ],
+)
+def test_wrong_words_are_answered_with_the_remedy(words: list[str], code: int, part: str) -> None:
+    done = bench(*words, code=code)
+    assert done.stderr.startswith("vq: error: ") and part in done.stderr
+    assert done.stdout == ""
+
+
+def test_peers_without_testpmd_say_what_to_install(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "peers", "--cells", "io-split-64"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": str(tmp_path)},
+    )
+    assert done.returncode == 4
+    assert "dpdk-testpmd is not there; install DPDK" in done.stderr
+
+
+def test_help_is_complete() -> None:
+    out = bench("--help").stdout
+    assert "Usage: vq bench" in out
+    for word in (*AXES, "throughput", "latency", "sweep", "peers", "tune", "--json", "--csv", "--plot", "--socket"):
+        assert word in out, word
+    for command in ("throughput", "latency", "sweep", "peers", "tune"):
+        assert f"Usage: vq bench {command}" in bench(command, "--help").stdout
+
+
+def test_nothing_heavy_is_loaded_for_help() -> None:
+    code = "import sys, vq.cli; vq.cli.main(['bench', '--help']); print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()[-1]
+    assert not {"numpy", "matplotlib", "plotext"} & set(
+        out.replace("'", "").replace("[", "").replace("]", "").split(", ")
+    )
