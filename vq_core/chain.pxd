@@ -57,5 +57,6 @@ cdef inline void chain_begin(chain_t* chain, queue_t* queue, uint16_t head, virt
 # Step to the next descriptor of length > 0: 1 and its copy (addr, len, flags), 0 at the end, -1 with chain.broken set.
 cdef int chain_next(chain_t* chain, queue_t* queue, virtq_desc_t* copy) noexcept nogil
 
-# Walk on to where slots and id are known: 0, or -1 with chain.broken set. Nothing to do in the split layout.
+# Walk on to where slots and id are known: 0, or -1 with chain.broken set. Nothing to do where heads are read from the
+# available ring.
 cdef int chain_end(chain_t* chain, queue_t* queue) noexcept nogil

@@ -1,6 +1,7 @@
 """The steps of the chain cursor."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vq_core.packed cimport PACKED_WORK_BITS
+from vq_core.ring cimport ring_counts_slots
 
 
 cdef inline int _broken(chain_t* chain, uint32_t cause) noexcept nogil:
@@ -109,7 +110,7 @@ cdef int chain_next(chain_t* chain, queue_t* queue, virtq_desc_t* copy) noexcept
 
 cdef int chain_end(chain_t* chain, queue_t* queue) noexcept nogil:
     cdef virtq_desc_t ignored
-    if not queue.ring.is_packed:
+    if not ring_counts_slots(&queue.ring):
         return 0
     while chain.more and chain.table_count == 0:
         if chain_next(chain, queue, &ignored) < 0:

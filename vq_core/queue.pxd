@@ -145,7 +145,7 @@ cdef class Queue:
     cdef DirtyLog _log
     cdef uint16_t _begin         # split: available index when the ring was started
     cdef bint _batches
-    cdef uint64_t* _elements     # packed: room for used elements, while started
+    cdef uint64_t* _elements     # room for used elements (packed) or heads (split), while started
     cdef tuple _addresses        # (desc, avail, used), user addresses, while started
 
     cdef int _change(self, queue_change_t* change) except -1

@@ -142,7 +142,7 @@ cdef class Queue:
         Eventfd that is signalled when the queue breaks; see `poll_report`.
     batches : bool
         The device writes into no buffer of this queue, so that with IN_ORDER a whole batch may be given back by one
-        used descriptor of a packed ring (VIRTIO 1.3, 2.8.7).
+        used element (VIRTIO 1.3, 2.7.9 and 2.8.7).
 
     Notes
     -----
@@ -254,15 +254,18 @@ cdef class Queue:
         self._resolve(&change, memory, num, (desc, avail, used), features)
         change.what = CHANGE_START | CHANGE_ENABLED
         change.wanted.ring.num = num
+        elements = <uint64_t*>calloc(_elements(num), sizeof(uint64_t))
+        if elements == NULL:
+            raise MemoryError(f"queue {self.index}")
+        free(self._elements)                 # of an earlier start: nobody uses it any more
+        self._elements = elements
         if change.wanted.ring.is_packed:
-            elements = <uint64_t*>calloc(_elements(num), sizeof(uint64_t))
-            if elements == NULL:
-                raise MemoryError(f"queue {self.index}")
-            free(self._elements)             # of an earlier start: nobody uses it any more
-            self._elements = change.wanted.ring.packed.elements = elements
+            change.wanted.ring.packed.elements = elements
             self._place_packed(&change.wanted.ring.packed, num, base, features, in_order)
             self._begin = 0
         else:
+            if self._batches and has_feature(features, VIRTIO_F_IN_ORDER):
+                change.wanted.ring.split.heads = <uint16_t*>elements
             self._place_split(&change.wanted.ring.split, num, base, features, in_order)
             self._begin = change.wanted.ring.split.last_avail_idx
         change.wanted.features = features
@@ -287,6 +290,7 @@ cdef class Queue:
         ring.last_avail_idx = ring.shadow_avail_idx = position if in_order else <uint16_t>base
         ring.next_used = ring.shadow_used = ring.signalled_used = position
         ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
+        ring.in_order = has_feature(features, VIRTIO_F_IN_ORDER)
         return 0
 
     cdef int _place_packed(self, packed_t* ring, int num, uint64_t base, uint64_t features, bint in_order) except -1:

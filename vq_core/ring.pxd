@@ -96,3 +96,7 @@ cdef inline uint16_t ring_next_used(ring_t* ring, bint packed) noexcept nogil:
 cdef inline uint16_t ring_shadow_used(ring_t* ring, bint packed) noexcept nogil:
     """What is published already."""
     return ring.packed.shadow_used if packed else ring.split.shadow_used
+
+cdef inline bint ring_counts_slots(ring_t* ring) noexcept nogil:
+    """Whether the place of the next buffer follows from the descriptors of the one before."""
+    return ring.is_packed or ring.split.in_order

@@ -10,7 +10,8 @@ Owner: the worker that owns the queue; nobody else touches a split_t while its r
 
 Positions run freely modulo 2^16; a slot is position & mask. Invariants:
     next_used - last_avail_idx  is at most 0 (we never use more than we took), and
-    shadow_avail_idx - last_avail_idx <= num.
+    shadow_avail_idx - last_avail_idx <= num, and
+    next_head <= mask, whatever the driver says.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vq_core.arch cimport (vq_fence, vq_load_acquire_u16, vq_load_u16, vq_prefetch, vq_snapshot16,
@@ -34,6 +35,10 @@ cdef struct split_t:
     bint signalled_valid          # False: no decision since the ring started
     bint event_idx                # VIRTIO_F_EVENT_IDX was negotiated
     bint suppressing              # the driver is asked not to kick
+    bint in_order                 # VIRTIO_F_IN_ORDER was negotiated: descriptors are used in the order of the table
+    bint in_step                  # ... and next_head is known
+    uint16_t next_head            # head of the next buffer to take
+    uint16_t* heads               # private, num of them: heads of what waits to be published as a batch; or NULL
 
 # ---- buffers to take ----
 
@@ -64,13 +69,18 @@ cdef inline int split_ready(split_t* ring, int want) noexcept nogil:
 cdef inline int split_begin(split_t* ring, cursor_t* cursor, int want) noexcept nogil:
     """Set the cursor to the next buffer: how many there are (`want` and more are not looked for), -1 as above."""
     cdef int count = split_ready(ring, want)
-    cursor.taken = cursor.head = cursor.flags = 0
+    cursor.taken = cursor.flags = 0
+    cursor.head = ring.next_head
     cursor.known = <uint16_t>count if count > 0 else 0
     return count
 
 cdef inline void split_prefetch(split_t* ring, cursor_t* cursor, int count) noexcept nogil:
     """Bring the descriptors of the next `count` buffers on their way; four lie in a line when they are in order."""
     cdef int ahead
+    if ring.in_step:
+        for ahead in range(0, count, 4):
+            vq_prefetch(&ring.desc[<uint16_t>(cursor.head + ahead) & ring.mask])
+        return
     for ahead in range(0, count, 4):
         vq_prefetch(&ring.desc[vq_load_u16(&ring.avail.ring[<uint16_t>(ring.last_avail_idx + ahead) & ring.mask])
                                & ring.mask])
@@ -91,22 +101,32 @@ cdef inline bint split_is_full(split_t* ring, cursor_t* first, cursor_t* cursor)
     return <uint16_t>(cursor.taken - first.taken) >= ring.num
 
 cdef inline int split_look(split_t* ring, cursor_t* cursor, virtq_desc_t* copy) noexcept nogil:
-    """Copy the first descriptor at the cursor (before `known`), once: 1, or -1 for a head outside the ring."""
-    cursor.head = vq_load_u16(&ring.avail.ring[<uint16_t>(ring.last_avail_idx + cursor.taken) & ring.mask])
-    if cursor.head >= ring.num:
-        return -1
+    """Copy the first descriptor at the cursor (before `known`), once: 1, or -1 for a head outside the ring.
+
+    In step with the driver the available ring is not read: the head follows from the buffer before (2.7.9).
+    """
+    if not ring.in_step:
+        cursor.head = vq_load_u16(&ring.avail.ring[<uint16_t>(ring.last_avail_idx + cursor.taken) & ring.mask])
+        if cursor.head >= ring.num:
+            return -1
     vq_snapshot16(copy, &ring.desc[cursor.head])
     return 1
 
 cdef inline void split_use(split_t* ring, cursor_t* cursor, uint16_t id, uint32_t length,
                            uint16_t slots) noexcept nogil:
-    """Take the buffer at the cursor, and note its used element, which the driver sees with `split_publish`."""
-    vq_store_u64(&ring.used.ring[<uint16_t>(ring.next_used + cursor.taken) & ring.mask],
-                 <uint64_t>cursor.head | <uint64_t>length << 32)
+    """Take the buffer at the cursor, `slots` descriptors, and note its used element, seen after `split_publish`."""
+    cdef uint16_t slot = <uint16_t>(ring.next_used + cursor.taken) & ring.mask
+    if ring.heads != NULL:
+        ring.heads[slot] = cursor.head
+    else:
+        vq_store_u64(&ring.used.ring[slot], <uint64_t>cursor.head | <uint64_t>length << 32)
+    cursor.head = <uint16_t>(cursor.head + slots) & ring.mask
     cursor.taken += 1
 
 cdef inline void split_commit(split_t* ring, cursor_t* cursor) noexcept nogil:
     """What the cursor has passed is taken."""
+    ring.next_head = cursor.head
+    ring.in_step = ring.in_order and (ring.in_step or cursor.taken > 0)
     ring.last_avail_idx = <uint16_t>(ring.last_avail_idx + cursor.taken)
     ring.next_used = <uint16_t>(ring.next_used + cursor.taken)
 
@@ -121,7 +141,10 @@ cdef inline void split_descriptor(split_t* ring, uint16_t index, virtq_desc_t* c
 # ---- buffers that were used ----
 
 cdef inline void split_publish(split_t* ring, uint16_t position) noexcept nogil:
-    """Expose all used elements before `position`: one index store."""
+    """Expose all used elements before `position`: one index store, and of a batch the element of its last (2.7.9)."""
+    if ring.heads != NULL and position != ring.shadow_used:
+        vq_store_u64(&ring.used.ring[ring.shadow_used & ring.mask],
+                     <uint64_t>ring.heads[<uint16_t>(position - 1) & ring.mask])
     # Release: pairs with the driver's acquire of used->idx; elements, buffers and log bits stand before it.
     vq_store_release_u16(&ring.used.idx, position)
     ring.shadow_used = position

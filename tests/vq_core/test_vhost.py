@@ -19,6 +19,7 @@ from engine_rig import (
     GUEST_CSUM,
     GUEST_TSO4,
     HOST_TSO4,
+    IN_ORDER,
     INDIRECT,
     MRG_RXBUF,
     PAGE,
@@ -30,7 +31,10 @@ from engine_rig import (
 from vq_core.guest_memory import GuestMemory
 
 PACKET_MAX = 65553
-FEATURES = (0, MRG_RXBUF, VERSION_1, VERSION_1 | MRG_RXBUF, VERSION_1 | EVENT_IDX)
+FEATURES = (
+    *(0, MRG_RXBUF, VERSION_1, VERSION_1 | MRG_RXBUF, VERSION_1 | EVENT_IDX),
+    *(VERSION_1 | IN_ORDER, VERSION_1 | MRG_RXBUF | IN_ORDER),
+)
 RARP = "ffffffffffff{0}80350001080006040003{0}00000000{0}00000000"
 
 many = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -95,7 +99,10 @@ def test_any_shape_of_a_transmit_buffer(harness: ModuleType, arena: Arena, data:
         assert 0 < pulled == pushed <= limit
         moved += pulled
     assert [packet.data for packet in target.take()] == [packet["payload"] for packet in packets]
-    assert guest.transmitq.poll() == [(token, 0) for token in tokens]
+    used = guest.transmitq.poll()
+    assert [token for token, _ in used] == tokens
+    if not features & IN_ORDER:  # with it only the last of a batch has a length
+        assert {length for _, length in used} == {0}
     assert arena.peek(arena.start, arena.size) == before, "a transmit buffer was written to"
     assert guest.from_guest == {
         "packets": len(packets),
@@ -568,3 +575,47 @@ def test_given_back_up_to_the_last_packet_that_was_pushed(harness: ModuleType) -
     assert harness.move(guest.port, 0, target, 0, 32, 4) == (12, 12)
     assert seen == [0, 5, 10]
     assert len(guest.transmitq.poll()) == 16
+
+
+def test_in_order_one_element_stands_for_all_that_is_published_at_once(harness: ModuleType) -> None:
+    """VIRTIO 1.3, 2.7.9: it names the last buffer and stands where the first would; the index counts all of them."""
+    guest, target = Guest(VERSION_1 | IN_ORDER), harness.Collect()
+    guest.transmitq.used["id"] = CANARY
+    tokens = [guest.send(bytes([number + 1])) for number in range(32)]
+    guest.transmitq.publish()
+    assert harness.move(guest.port, 0, target, 0, 32, 8) == (32, 32)
+    ids = guest.transmitq.used["id"].tolist()
+    assert {slot: head for slot, head in enumerate(ids) if head != CANARY} == {0: 7, 8: 15, 16: 23, 24: 31}
+    assert int(guest.transmitq.used_head[1]) == 32
+    assert [token for token, _ in guest.transmitq.poll()] == tokens
+
+
+@pytest.mark.parametrize("layout", ["one", "chain", "indirect"])
+def test_in_order_heads_follow_from_the_buffers_before(harness: ModuleType, layout: str) -> None:
+    """Once in step the entries of the available ring are not looked at, also over the end of the table."""
+    guest, target, source = Guest(VERSION_1 | IN_ORDER | INDIRECT, size=16), harness.Collect(), harness.Feed()
+    cut = {"one": (20,), "chain": (5, 7, 8), "indirect": (12, 8)}[layout]
+    places = [guest.memory.alloc(64) for _ in range(8)]
+
+    def add(queue: Any, place: Any, *, writable: bool) -> None:
+        addresses = [place.guest_addr + sum(cut[:i]) for i in range(len(cut))]
+        parts = list(zip(addresses, cut, strict=True))
+        queue.add([] if writable else parts, parts if writable else [], indirect=layout == "indirect")
+
+    for turn in range(1, 10):
+        expected = [bytes([turn, number]) * 4 for number in range(4)]
+        for number, data in enumerate(expected):
+            guest.memory.view(places[number].guest_addr, 20)[:] = bytes(12) + data
+            add(guest.transmitq, places[number], writable=False)
+            add(guest.receiveq, places[4 + number], writable=True)
+            source.add(data)
+        if turn > 1:
+            guest.transmitq.avail[2:18] = guest.receiveq.avail[2:18] = 0xFFFF
+        guest.transmitq.publish()
+        guest.receiveq.publish()
+        assert harness.move(guest.port, 0, target, 0) == (4, 4)
+        assert [packet.data for packet in target.take()] == expected
+        assert len(guest.transmitq.poll()) == 4
+        assert harness.move(source, 0, guest.port, 0) == (4, 4)
+        assert [length for _, length in guest.receiveq.poll()] == [20] * 4
+        assert [bytes(guest.memory.view(place.guest_addr + 12, 8)) for place in places[4:]] == expected

@@ -18,9 +18,9 @@ from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, PACKET_MAX, SEGMENTS_M
 from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_ID,
                             BROKEN_LOOP, BROKEN_MEMORY_LOST, BROKEN_NOT, CHANGE_EPOLL, Queue, queue_apply, queue_break,
                             queue_change_t, queue_flush, queue_publish, queue_request_kick, queue_t)
-from vq_core.ring cimport (ring_begin, ring_commit, ring_has_more, ring_is_full, ring_known, ring_look, ring_more,
-                           ring_next_used, ring_position, ring_prefetch, ring_ready, ring_shadow_used,
-                           ring_suppress_kicks, ring_t, ring_use)
+from vq_core.ring cimport (ring_begin, ring_commit, ring_counts_slots, ring_has_more, ring_is_full, ring_known,
+                           ring_look, ring_more, ring_next_used, ring_position, ring_prefetch, ring_ready,
+                           ring_shadow_used, ring_suppress_kicks, ring_t, ring_use)
 from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE,
                              gpa_t, has_feature, virtio_net_hdr_t, virtq_desc_t)
 
@@ -164,7 +164,8 @@ cdef int _discard(queue_t* queue) noexcept nogil:
         if status <= 0:
             break
         chain_begin(&chain, queue, cursor.head, &descriptor)
-        if packed and (chain_next(&chain, queue, &descriptor) < 0 or chain_end(&chain, queue) < 0):
+        if ring_counts_slots(&queue.ring) and \
+                (chain_next(&chain, queue, &descriptor) < 0 or chain_end(&chain, queue) < 0):
             queue_break(queue, chain.broken, chain.id)
             break
         if _id_is_wrong(queue, packed, chain.id):
