@@ -107,7 +107,10 @@ def test_changed_packets_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
             for place in range(size // 4, size // 4 + 64 * 1500, 1500):
                 memory[place] ^= 0x10
 
-    result = demo.run_demo(1514, 0.5, on_progress=flip, interval=0.1)
+    for _ in range(20):  # on a loaded machine no packet may be under way while bits flip
+        result = demo.run_demo(1514, 0.5, on_progress=flip, interval=0.1)
+        if result.changed:
+            break
     assert result.changed > 0
     assert not result.ok
     assert result.packets > 0
