@@ -31,5 +31,5 @@ def extension(path: Path) -> Extension:
 
 
 setup(ext_modules=cythonize([extension(path) for path in sorted(Path("vq_core").rglob("*.pyx"))],
-                            compiler_directives=DIRECTIVES, nthreads=0, build_dir="build/cython",
+                            compiler_directives=DIRECTIVES, nthreads=os.cpu_count() or 1, build_dir="build/cython",
                             emit_linenums=bool(os.environ.get("VQ_LINE_NUMBERS"))))
