@@ -31,15 +31,13 @@ class Ping(NamedTuple):
 
 
 def ping(source: Station, target: Station, *, count: int = 200, size: int = 56, options: str = "") -> Ping:
-    """Send echo requests of ``size`` payload bytes.
+    """Send echo requests of ``size`` payload bytes, each when the one before was answered.
 
     The path is named, since busybox's shell takes its own ping otherwise.
     """
     # A big one is up to 45 fragments; more of them at once than a ring has entries would be lost in a real switch too.
-    interval = 0.01 if size < 4000 else 0.05
-    limit = 20 + count * 2 * interval
-    command = f"/bin/ping -q -n -c {count} -i {interval} -s {size} -W 3 {options} {target.address}"
-    output = source.run(command, limit).output
+    command = f"/bin/ping -q -n -A -c {count} -s {size} -W 3 {options} {target.address}"
+    output = source.run(command, 20 + count * 0.1).output
     match = re.search(r"(\d+) packets transmitted, (\d+) received", output)
     assert match, f"{source.name}: no result from ping:\n{output}"
     assert "DUP!" not in output and "duplicates" not in output, f"a packet came twice:\n{output}"
