@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Flow", "Load", "encode", "flows", "loads"]
+__all__ = ["Flow", "Load", "Snapshot", "encode", "flows", "loads", "queue_words", "seconds_between"]
 
 Snapshot = Mapping[str, Any]
 
@@ -74,7 +74,8 @@ def _directions(port: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
                 yield key, counters
 
 
-def _seconds(before: Snapshot | None, now: Snapshot) -> float:
+def seconds_between(before: Snapshot | None, now: Snapshot) -> float:
+    """Seconds between two snapshots, or since the start; never zero."""
     begin = 0.0 if before is None else float(before["uptime"])
     return max(float(now["uptime"]) - begin, 1e-9)
 
@@ -89,7 +90,7 @@ def flows(before: Snapshot | None, now: Snapshot) -> list[Flow]:
     now
         The later one.
     """
-    seconds = _seconds(before, now)
+    seconds = seconds_between(before, now)
     found = []
     for name, port in now["ports"].items():
         earlier = {} if before is None else before["ports"].get(name, {})
@@ -112,7 +113,7 @@ def flows(before: Snapshot | None, now: Snapshot) -> list[Flow]:
 
 def loads(before: Snapshot | None, now: Snapshot) -> list[Load]:
     """What each worker did; parameters as for `flows`."""
-    seconds = _seconds(before, now)
+    seconds = seconds_between(before, now)
     none = {"busy_cycles": 0, "idle_cycles": 0, "sleeps": 0}
     earlier = [none] * len(now["workers"]) if before is None else before["workers"]
     found = []

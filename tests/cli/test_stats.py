@@ -8,7 +8,27 @@ from typing import Any
 import pytest
 
 from vq.cli.lines import plain_lines, scaled
+from vq.queue_stats import queue_works
 from vq.stats import encode, flows, loads, queue_words
+from vq_core.counters import BURST_NAMES
+
+
+def queue(name: str, packets: int, **more: Any) -> dict[str, Any]:
+    """A queue whose rounds move 32 packets at 50 cycles each; every fourth of them ends in a call."""
+    return {
+        "name": name,
+        "packets": packets,
+        "busy_cycles": 50 * packets,
+        "bursts": {"8-15": 1, "32": packets // 32},
+        "empty_polls": packets // 2 if name.startswith("transmitq") else 0,
+        "layout": "packed",
+        "calls": packets // 128,
+        "calls_suppressed": packets // 32 - packets // 128,
+        "size": 256,
+        "started": True,
+        "enabled": True,
+        "broken": None,
+    } | more
 
 
 def snapshot(uptime: float, packets: int, **more: Any) -> dict[str, Any]:
@@ -23,8 +43,8 @@ def snapshot(uptime: float, packets: int, **more: Any) -> dict[str, Any]:
                 "to_guest": {"packets": 2 * packets, "bytes": 200 * packets, "dropped": {"mtu": 3, "disabled": 1}},
                 "from_guest": {"packets": packets, "bytes": 100 * packets, "dropped": {}},
                 "queues": [
-                    {"name": "receiveq0", "started": True, "enabled": False, "broken": None},
-                    {"name": "transmitq0", "started": True, "enabled": True, "broken": "loop in a chain"},
+                    queue("receiveq0", 2 * packets, enabled=False),
+                    queue("transmitq0", packets, broken="loop in a chain"),
                 ],
             }
         },
@@ -71,6 +91,48 @@ def test_no_time_and_no_cycles_divide_nothing_by_zero() -> None:
 def test_queues_that_do_not_run_are_told() -> None:
     port = snapshot(1.0, 1)["ports"]["vhost:a"]
     assert queue_words(port) == ["receiveq0 disabled", "transmitq0 broken: loop in a chain"]
+
+
+def test_queues_between_two_snapshots() -> None:
+    receiveq, transmitq = queue_works(snapshot(1.0, 32_000), snapshot(3.0, 160_000))
+    assert (receiveq.port, receiveq.queue, receiveq.ring, receiveq.packets) == (
+        "vhost:a", "receiveq0", "packed 256", 256_000,
+    )  # fmt: skip
+    assert transmitq.cycles == pytest.approx(50)
+    assert transmitq.empty_rate == pytest.approx(32_000)
+    assert receiveq.empty_rate is None  # nobody pulls from it
+    assert transmitq.call_rate == pytest.approx(500)
+    assert transmitq.suppressed_rate == pytest.approx(1500)
+    assert (transmitq.median, transmitq.largest) == ("32", "32")
+    assert sum(transmitq.batches) == 4000  # the burst of 8 to 15 was before
+
+
+def test_batches_of_the_whole_run_have_a_median_and_a_largest() -> None:
+    now = snapshot(2.0, 320)
+    now["ports"]["vhost:a"]["queues"][1]["bursts"] = {"1": 2, "4-7": 5, "32": 4}
+    _, transmitq = queue_works(None, now)
+    assert (transmitq.median, transmitq.largest) == ("4-7", "32")
+    assert dict(zip(BURST_NAMES, transmitq.batches, strict=True))["4-7"] == 5
+
+
+def test_a_queue_that_nobody_timed_or_that_rested_has_no_cycles() -> None:
+    now = snapshot(2.0, 320)
+    now["ports"]["vhost:a"]["queues"][0] |= {"busy_cycles": 0, "bursts": {}}  # a switch delivered
+    receiveq, _ = queue_works(None, now)
+    assert (receiveq.cycles, receiveq.median, receiveq.largest) == (None, "", "")
+    assert all(work.cycles is None and work.packets == 0 for work in queue_works(now, now))
+    assert queue_works(None, snapshot(2.0, 0)) == []
+
+
+def test_plain_lines_tell_what_queues_cost() -> None:
+    lines = plain_lines(snapshot(1.0, 0), snapshot(2.0, 1_280_000))
+    assert (
+        "2.0s vhost:a transmitq0 packed 256: 50.0 cycles/packet, batch 32, largest 32, 640k empty polls/s,"
+        " 10k calls/s, 30k suppressed/s"
+    ) in lines
+    rested = plain_lines(snapshot(1.0, 64), snapshot(2.0, 64))
+    assert not any("cycles/packet" in line or "suppressed" in line for line in rested)
+    assert any("suppressed" in line for line in plain_lines(None, snapshot(2.0, 64), everything=True))
 
 
 def test_plain_lines_say_port_state_direction_rate_and_drops() -> None:
@@ -133,6 +195,38 @@ def test_the_table_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert part in text
     assert "worker 0 on cpu 3: 25% busy" in text
+
+
+@pytest.mark.parametrize(("width", "bars"), [(90, True), (104, True), (105, True), (200, True), (200, False)])
+def test_the_table_of_queues(width: int, bars: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from vq.cli.tables import pump_view
+
+    view = pump_view(None, snapshot(1.0, 2_000_000), width=width, bars=bars)
+    Console(width=width).print(view)
+    text = capsys.readouterr().out
+    assert all(len(line) <= width for line in text.splitlines())
+    for part in ("transmitq0", "packed", "50.0", " 1M ", "15.6k", "46.9k"):
+        assert part in text
+    assert ("···▁·█    32" in text) == (bars and width >= 105)
+    assert "…" not in text  # nothing is cut off
+
+
+def test_a_low_terminal_gets_the_busiest_queues(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from vq.cli.tables import pump_view
+
+    now = snapshot(2.0, 1000)
+    now["ports"]["vhost:a"]["queues"] = [queue(f"transmitq{i}", 32 * (i % 7 + 1)) for i in range(40)]
+    Console(width=120).print(pump_view(None, now, width=120, height=24))
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 24
+    assert "transmitq6 " in text and "transmitq7 " not in text
+    assert "and 32 queues that moved less" in text
+    Console(width=120).print(pump_view(None, now, width=120, final=True))
+    assert capsys.readouterr().out.count(" transmitq") == 40
 
 
 def test_a_narrow_terminal_gets_lines_that_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,18 @@ def test_pump_md_has_every_drop_cause() -> None:
     assert [cause for cause in DROP_NAMES if f"`{cause}`" not in text] == []
 
 
+def test_pump_md_has_every_field_of_the_report(tmp_path: Path) -> None:
+    import vq
+    from vq_core.queue import Queue
+
+    with vq.Pump([f"vhost:{tmp_path / 'a.sock'}", "null:"]) as pump:
+        report = pump.snapshot()
+    (guest, null) = report["ports"].values()
+    fields = {*report, *guest, *null, *report["workers"][0], *Queue(0, "receiveq0").snapshot()}
+    text = (ROOT / "docs/pump.md").read_text()
+    assert [field for field in fields if not field.startswith(("to_", "from_")) and f"`{field}`" not in text] == []
+
+
 def test_the_readme_names_every_kind() -> None:
     text = (ROOT / "README.md").read_text()
     assert [kind.usage for kind in KINDS.values() if f"`{kind.usage}" not in text] == []

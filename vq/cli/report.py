@@ -64,6 +64,15 @@ def reports(json: bool) -> Iterator[Report]:
         with Live(auto_refresh=False) as live:
 
             def show(before: Snapshot | None, now: Snapshot, final: bool) -> None:
-                live.update(pump_view(before, now, width=live.console.width, final=final), refresh=True)
+                console = live.console
+                view = pump_view(
+                    before,
+                    now,
+                    width=console.width,
+                    height=None if final else console.height,
+                    bars=not console.options.ascii_only,
+                    final=final,
+                )
+                live.update(view, refresh=True)
 
             yield Report(show)

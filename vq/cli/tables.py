@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vq.cli.lines import plain_lines, scaled
+from vq.cli.lines import plain_lines, scaled, short
+from vq.queue_stats import QueueWork, queue_works
 from vq.stats import flows, loads, queue_words
 
 __all__ = ["pump_view"]
 
 TABLE_COLUMNS: Final = 90  # of a terminal; on a narrower one the columns of the table would be folded into each other
+BARS_COLUMNS: Final = 105  # and from here on there is room for a histogram of the batches
+FRAME_LINES: Final = 14  # of the live view without its rows: titles, headings, frames, workers
+QUEUES_LEAST: Final = 2  # are shown on the lowest of terminals
+BARS: Final = "▁▂▃▄▅▆▇█"
 
 
 def pump_view(
-    before: Mapping[str, Any] | None, now: Mapping[str, Any], *, width: int, final: bool = False
+    before: Mapping[str, Any] | None,
+    now: Mapping[str, Any],
+    *,
+    width: int,
+    height: int | None = None,
+    bars: bool = True,
+    final: bool = False,
 ) -> RenderableType:
-    """Ports with rates and drops, then queues that do not run, then workers.
+    """Ports with rates and drops, then what queues cost, then queues that do not run, then workers.
 
     Parameters
     ----------
@@ -28,6 +39,10 @@ def pump_view(
         Two snapshots; without the first one rates are since the start.
     width
         Columns of the terminal.
+    height
+        Its lines: the busiest queues are shown that fit. None: all of them.
+    bars
+        Whether its encoding has the characters of a histogram.
     final
         Whether it is the report of the whole run.
     """
@@ -39,10 +54,58 @@ def pump_view(
     last = Text("; ".join(workers))
     if width < TABLE_COLUMNS:
         return Group(Text(title), *map(Text, plain_lines(before, now, everything=final)), last)
-    parts: list[RenderableType] = [_table(before, now, title)]
+    ports = _table(before, now, title)
+    works = queue_works(before, now)
+    shown = works if height is None else _busiest(works, height - FRAME_LINES - ports.row_count)
+    parts: list[RenderableType] = [ports]
+    if shown:
+        parts.append(_queue_table(shown, bars=bars and width >= BARS_COLUMNS))
+    if len(shown) < len(works):
+        parts.append(Text(f"and {len(works) - len(shown)} queues that moved less", style="dim"))
     for name, port in now["ports"].items():
         parts += [Text(f"{name} {words}", style="yellow") for words in queue_words(port)]
     return Group(*parts, last)
+
+
+def _busiest(works: Sequence[QueueWork], most: int) -> Sequence[QueueWork]:
+    """Those that moved most packets, in the order in which they came."""
+    ranked = sorted(range(len(works)), key=lambda i: works[i].packets, reverse=True)
+    return [works[i] for i in sorted(ranked[: max(most, QUEUES_LEAST)])]
+
+
+def _queue_table(works: Sequence[QueueWork], *, bars: bool) -> Table:
+    table = Table(title="queues", title_justify="left")
+    table.add_column("port", overflow="fold", min_width=12)
+    table.add_column("queue", no_wrap=True)
+    table.add_column("ring")
+    batch = "batch" if bars else "batch,\nlargest"
+    for name in ("cycles\n/packet", batch, "empty\npolls/s", "calls\n/s", "suppressed\n/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    port = None
+    for work in works:
+        table.add_row(
+            Text(work.port if work.port != port else ""),
+            work.queue,
+            work.ring,
+            "" if work.cycles is None else f"{work.cycles:,.1f}",
+            f"{_histogram(work.batches)} {work.median:>5}" if bars else _in_words(work),
+            "" if work.empty_rate is None else short(work.empty_rate),
+            short(work.call_rate),
+            short(work.suppressed_rate),
+            style="" if work.packets else "dim",
+        )
+        port = work.port
+    return table
+
+
+def _in_words(work: QueueWork) -> str:
+    return ", ".join(dict.fromkeys(size for size in (work.median, work.largest) if size))
+
+
+def _histogram(counts: Sequence[int]) -> str:
+    """A bar for each size, a dot where there was none; the tallest stands for the most frequent size."""
+    most = max(counts)
+    return "".join(BARS[(count * len(BARS) - 1) // most] if count else "·" for count in counts)
 
 
 def _table(before: Mapping[str, Any] | None, now: Mapping[str, Any], title: str) -> Table:
