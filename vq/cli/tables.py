@@ -16,7 +16,7 @@ from vq.stats import flows, loads, queue_words
 __all__ = ["pump_view"]
 
 TABLE_COLUMNS: Final = 90  # of a terminal; on a narrower one the columns of the table would be folded into each other
-BARS_COLUMNS: Final = 105  # and from here on there is room for a histogram of the batches
+WIDE_COLUMNS: Final = 105  # and from here on a queue needs one line only
 FRAME_LINES: Final = 14  # of the live view without its rows: titles, headings, frames, workers
 QUEUES_LEAST: Final = 2  # are shown on the lowest of terminals
 BARS: Final = "▁▂▃▄▅▆▇█"
@@ -59,7 +59,7 @@ def pump_view(
     shown = works if height is None else _busiest(works, height - FRAME_LINES - ports.row_count)
     parts: list[RenderableType] = [ports]
     if shown:
-        parts.append(_queue_table(shown, bars=bars and width >= BARS_COLUMNS))
+        parts.append(_queue_table(shown, wide=width >= WIDE_COLUMNS, bars=bars))
     if len(shown) < len(works):
         parts.append(Text(f"and {len(works) - len(shown)} queues that moved less", style="dim"))
     for name, port in now["ports"].items():
@@ -73,11 +73,13 @@ def _busiest(works: Sequence[QueueWork], most: int) -> Sequence[QueueWork]:
     return [works[i] for i in sorted(ranked[: max(most, QUEUES_LEAST)])]
 
 
-def _queue_table(works: Sequence[QueueWork], *, bars: bool) -> Table:
+def _queue_table(works: Sequence[QueueWork], *, wide: bool, bars: bool) -> Table:
     table = Table(title="queues", title_justify="left")
-    table.add_column("port", overflow="fold", min_width=12)
+    table.add_column("port", overflow="fold", min_width=8)
     table.add_column("queue", no_wrap=True)
     table.add_column("ring")
+    bars &= wide
+    between = " " if wide else "\n"
     batch = "batch" if bars else "batch,\nlargest"
     for name in ("cycles\n/packet", batch, "empty\npolls/s", "calls\n/s", "suppressed\n/s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -86,9 +88,9 @@ def _queue_table(works: Sequence[QueueWork], *, bars: bool) -> Table:
         table.add_row(
             Text(work.port if work.port != port else ""),
             work.queue,
-            work.ring,
+            work.ring.replace(" ", between),
             "" if work.cycles is None else f"{work.cycles:,.1f}",
-            f"{_histogram(work.batches)} {work.median:>5}" if bars else _in_words(work),
+            f"{_histogram(work.batches)} {work.median:>5}" if bars else _in_words(work).replace(" ", between),
             "" if work.empty_rate is None else short(work.empty_rate),
             short(work.call_rate),
             short(work.suppressed_rate),
@@ -110,7 +112,7 @@ def _histogram(counts: Sequence[int]) -> str:
 
 def _table(before: Mapping[str, Any] | None, now: Mapping[str, Any], title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("port", overflow="fold", min_width=12)
+    table.add_column("port", overflow="fold", min_width=8)
     table.add_column("state", no_wrap=True)
     table.add_column("direction", no_wrap=True)
     for name in ("packets/s", "bits/s", "packets"):
