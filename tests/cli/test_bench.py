@@ -66,7 +66,7 @@ def test_latency() -> None:
         latency = row["latency"]
         assert 0 < latency["p50"] <= latency["p99"] <= latency["p99_9"]
     out = bench("latency", *SHORT).stdout
-    for part in ("latency of vq", "p50 µs", "p99.9 µs", "adaptive", "sleep", "sleeps/s"):
+    for part in ("latency of vq", "p50 µs", "p99.9 µs", "adaptive", "sleep", "sleeps/s", "wake latency, pause=200"):
         assert part in out, part
 
 
@@ -76,6 +76,14 @@ def test_a_sweep_of_two_axes() -> None:
     assert points == {(window, kind) for window in (1, 32) for kind in ("1", "2", "indirect")}
     record = final(bench("sweep", "size=64,512", "--measure", "latency", *SHORT, "--json"))
     assert {row["measure"] for row in record["rows"]} == {"latency"}
+
+
+def test_polling_is_compared_in_pairs() -> None:
+    record = final(bench("sweep", "poll=busy,adaptive", *SHORT, "--json"))
+    for load in record["load_ratios"]:  # none if the cores' distance changed in every pair
+        assert load["settings"]["poll"] == "adaptive" and load["pairs"] <= 2
+        assert 0 < load["low"] <= load["ratio"] <= load["high"]
+    assert record["wake_ups"] == []
 
 
 def test_tune_compares_with_the_defaults() -> None:

@@ -13,8 +13,9 @@ from vq.bench.distance import tag_of
 from vq.bench.facts import gather
 from vq.bench.measure import Run
 from vq.bench.peers import Pair, peer_rows
-from vq.bench.records import csv_text, flat_rows
+from vq.bench.records import csv_text, final_record, flat_rows
 from vq.bench.settings import Settings
+from vq.bench.sleeping import load_ratios, sleeping_lines, wake_ups
 from vq.bench.summary import knee, rows_of
 from vq.bench.testpmd import cycles_per_packet, rates
 from vq.bench.tune import BETTER, SAME, WORSE, Trial, combine, how_to_set, judge, make_tries
@@ -167,3 +168,59 @@ def test_noise_is_not_called_gain() -> None:
 def test_tries_change_one_setting_each() -> None:
     tries = make_tries(Settings(), {"ring": [128, 256], "poll": ["adaptive"]})
     assert tries == [("ring=128", Settings(ring=128)), ("poll=adaptive", Settings(poll="adaptive"))]
+
+
+def trips(settings: Settings, p50: float, p99: float, *, sleeps: float | None = 0.0, near: bool = True) -> Run:
+    return run(settings, 4000.0, near=near, kind="latency", latency={"p50": p50, "p99": p99}, sleeps=sleeps)
+
+
+def test_wake_latency_is_what_sleeping_adds() -> None:
+    pause = Settings(pause=200)
+    asleep, other = dataclasses.replace(pause, poll="adaptive"), Settings(pause=200, poll="adaptive", driver="sleep")
+    rows = rows_of(
+        [
+            trips(Settings(), 400, 700),
+            trips(Settings(poll="adaptive"), 400, 700, sleeps=100.0),  # no pause, no sleep worth the name
+            trips(pause, 500, 1500),
+            trips(pause, 900, 2500, near=False),
+            trips(asleep, 20_500, 41_500, sleeps=3900.0),
+            trips(other, 40_000, 80_000, sleeps=4000.0),  # its busy row is missing
+        ]
+    )
+    wake, alone = wake_ups(rows)
+    assert (wake.settings, wake.tag, wake.share) == (asleep, "near", pytest.approx(0.975))
+    assert wake.asleep == {"p50": 20_500, "p99": 41_500}
+    assert wake.awake == {"p50": 500, "p99": 1500}  # of the same tag
+    assert wake.added == {"p50": 20_000, "p99": 40_000}
+    assert (alone.settings, alone.awake, alone.added) == (other, {}, {})
+    assert sleeping_lines(rows, []) == [
+        "wake latency, pause=200 near: p50 +20.00 µs (20.50 asleep, 0.50 awake), p99 +40.00 µs (41.50 asleep, 1.50"
+        " awake); it slept before 98%",
+        "wake latency, driver=sleep pause=200 near: p50 40.00 µs asleep, p99 80.00 µs asleep; it slept before 100%",
+    ]
+
+
+def test_who_does_not_say_how_often_it_sleeps_has_no_wake_latency() -> None:
+    assert wake_ups(rows_of([trips(Settings(pause=200, poll="adaptive"), 500, 900, sleeps=None)])) == []
+
+
+def test_rates_of_both_ways_to_poll_are_paired_turn_by_turn() -> None:
+    busy, adaptive = Settings(), Settings(poll="adaptive")
+    turns = [(10e6, 9.9e6), (5e6, 5.0e6), (8e6, 7.9e6)]
+    runs = [run(point, rate) for turn in turns for point, rate in zip((busy, adaptive), turn, strict=True)]
+    (load,) = load_ratios(runs)
+    assert (load.settings, load.tag, load.pairs) == (adaptive, "near", 3)
+    assert (load.ratio, load.low, load.high) == (pytest.approx(0.99), pytest.approx(0.9875), pytest.approx(1.0))
+    assert sleeping_lines([], runs) == ["adaptive / busy under load, near: 0.990 (0.988 to 1.000, 3 pairs)"]
+    torn = [run(busy, 10e6), run(adaptive, 1e6, near=False), run(busy, 10e6), run(adaptive, 9e6), run(adaptive, 9e6)]
+    (load,) = load_ratios(torn)  # a change of the distance within a turn, and a turn that was ended early
+    assert (load.pairs, load.ratio) == (1, pytest.approx(0.9))
+    assert load_ratios(runs[::2]) == []
+
+
+def test_a_record_has_what_sleeping_costs() -> None:
+    runs = [trips(Settings(pause=200), 500, 900), trips(Settings(pause=200, poll="adaptive"), 9500, 900, sleeps=4000.0)]
+    record = final_record(gather("vq bench latency"), "vq", rows_of(runs), runs)
+    (wake,) = record["wake_ups"]
+    assert wake["added"]["p50"] == 9000
+    assert record["load_ratios"] == []

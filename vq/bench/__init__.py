@@ -9,6 +9,7 @@
 `measure`          one run: packets for a while, each verified
 `series`           many runs in alternation, and what is left of them when they are ended early
 `summary`          runs to rows: median, spread, the knee
+`sleeping`         what it costs that an adaptive back-end sleeps: wake latency, rate under load
 `records`          JSON and CSV
 `plot`             matplotlib; `plot_terminal`: plotext
 `curves`           rows as lines of a plot

@@ -10,6 +10,7 @@ from typing import Any
 
 from vq.bench.facts import Facts
 from vq.bench.measure import Run
+from vq.bench.sleeping import load_ratios, wake_ups
 from vq.bench.summary import Row
 
 __all__ = ["csv_text", "final_record", "flat_rows", "row_record", "run_record"]
@@ -31,6 +32,8 @@ def final_record(facts: Facts, target: str, rows: Sequence[Row], runs: Sequence[
         "facts": asdict(facts),
         "target": target,
         "rows": [row_record(row) for row in rows],
+        "wake_ups": [asdict(wake) for wake in wake_ups(rows)],
+        "load_ratios": [asdict(load) for load in load_ratios(runs)],
         "runs": [run_record(run)["run"] for run in runs],
         "ok": bool(runs) and all(run.ok for run in runs),
     }

@@ -141,7 +141,7 @@ def print_rows(
         with check_output():
             print("ended before anything was measured", flush=True)
     else:
-        print_table(_table(rows, target), _below(facts, rows, early=early))
+        print_table(_table(rows, target), _below(facts, rows, runs, early=early))
     save_csv(options, flat_rows(facts, target, rows))
     if options.plot is not None and rows:
         _plot(options.plot, facts, target, rows)
@@ -162,11 +162,12 @@ def _table(rows: Sequence[Row], target: str) -> Table:
     return table
 
 
-def _below(facts: Facts, rows: Sequence[Row], *, early: bool) -> list[tuple[str, str]]:
+def _below(facts: Facts, rows: Sequence[Row], runs: Sequence[Run], *, early: bool) -> list[tuple[str, str]]:
     """Lines under a table: what to make of it, then what belongs to it."""
     from vq.bench.curves import knee_lines
+    from vq.bench.sleeping import sleeping_lines
 
-    lines = [(line, "cyan") for line in knee_lines(rows)]
+    lines = [(line, "cyan") for line in (*knee_lines(rows), *sleeping_lines(rows, runs))]
     if any(row.limited_by_driver for row in rows):
         lines.append(("* our back-end had time left: this rate is that of the driver or the window", ""))
     if len({row.tag for row in rows}) > 1:
