@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from vq.stats import Snapshot, seconds_between
-from vq_core.counters import BURST_NAMES
 
-__all__ = ["QueueWork", "queue_works"]
+__all__ = ["BATCHES", "QueueWork", "queue_works"]
+
+BATCHES: Final = ("1", "2-3", "4-7", "8-15", "16-31", "32")  # packets; as the engine names them (BURST_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class QueueWork:
         Ticks of the time stamp counter for each packet, in rounds that moved some; None: nobody measured any, as for
         what a switch delivers.
     batches
-        Rounds by how many packets they moved, in the order of `BURST_NAMES`.
+        Rounds by how many packets they moved, in the order of `BATCHES`.
     empty_rate
         Polls that found nothing, times a second; None: the queue is not polled, since packets go out to it.
     call_rate, suppressed_rate
@@ -49,7 +50,7 @@ class QueueWork:
     def median(self) -> str:
         """The batch of the middle round, "16-31"; empty without any."""
         seen, half = 0, sum(self.batches) / 2
-        for name, rounds in zip(BURST_NAMES, self.batches, strict=True):
+        for name, rounds in zip(BATCHES, self.batches, strict=True):
             seen += rounds
             if rounds and seen >= half:
                 return name
@@ -58,7 +59,7 @@ class QueueWork:
     @property
     def largest(self) -> str:
         """The largest batch, as `median`."""
-        names = [name for name, rounds in zip(BURST_NAMES, self.batches, strict=True) if rounds]
+        names = [name for name, rounds in zip(BATCHES, self.batches, strict=True) if rounds]
         return names[-1] if names else ""
 
 
@@ -88,7 +89,7 @@ def _work(port: str, old: Mapping[str, Any], new: Mapping[str, Any], seconds: fl
         return int(new[name]) - int(old.get(name, 0))
 
     packets, cycles = grown("packets"), grown("busy_cycles")
-    batches = tuple(new["bursts"].get(size, 0) - old.get("bursts", {}).get(size, 0) for size in BURST_NAMES)
+    batches = tuple(new["bursts"].get(size, 0) - old.get("bursts", {}).get(size, 0) for size in BATCHES)
     return QueueWork(
         port=port,
         queue=new["name"],

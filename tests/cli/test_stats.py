@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vq.cli.lines import plain_lines, scaled
-from vq.queue_stats import queue_works
+from vq.queue_stats import BATCHES, queue_works
 from vq.stats import encode, flows, loads, queue_words
 from vq_core.counters import BURST_NAMES
 
@@ -107,12 +107,16 @@ def test_queues_between_two_snapshots() -> None:
     assert sum(transmitq.batches) == 4000  # the burst of 8 to 15 was before
 
 
+def test_batches_have_the_names_of_the_engine() -> None:
+    assert BATCHES == BURST_NAMES
+
+
 def test_batches_of_the_whole_run_have_a_median_and_a_largest() -> None:
     now = snapshot(2.0, 320)
     now["ports"]["vhost:a"]["queues"][1]["bursts"] = {"1": 2, "4-7": 5, "32": 4}
     _, transmitq = queue_works(None, now)
     assert (transmitq.median, transmitq.largest) == ("4-7", "32")
-    assert dict(zip(BURST_NAMES, transmitq.batches, strict=True))["4-7"] == 5
+    assert dict(zip(BATCHES, transmitq.batches, strict=True))["4-7"] == 5
 
 
 def test_a_queue_that_nobody_timed_or_that_rested_has_no_cycles() -> None:
