@@ -175,6 +175,15 @@ def test_checksum_add(harness: ModuleType, data: bytes) -> None:
     assert harness.internet_checksum(data) == ones_sum(data)
 
 
+def test_checksum_add_of_every_length(harness: ModuleType) -> None:
+    # From nothing to several vectors, with all that may be left behind the last one.
+    noise = random.Random(1).randbytes(600)
+    for data in (noise, b"\xff" * 600, b"\xff\xff\xff\xff\0\0\0\0" * 75):
+        for start in (0, 1, 14):
+            wrong = [n for n in range(580) if harness.internet_checksum(data[start:n]) != ones_sum(data[start:n])]
+            assert wrong == []
+
+
 # ---- checksum only ----
 
 
