@@ -18,7 +18,7 @@ from vq_core.worker import Plan, Worker
 PAGE = 4096
 CANARY = 0xCC
 CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MRG_RXBUF = 1, 2, 1 << 7, 1 << 11, 1 << 15
-INDIRECT, EVENT_IDX, VERSION_1, IN_ORDER = 1 << 28, 1 << 29, 1 << 32, 1 << 35
+INDIRECT, EVENT_IDX, VERSION_1, RING_PACKED, IN_ORDER = 1 << 28, 1 << 29, 1 << 32, 1 << 34, 1 << 35
 
 
 _PATTERN = bytes(1 + (i * 11 + (i >> 7)) % 127 for i in range(4096 + 66000))

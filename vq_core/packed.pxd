@@ -204,6 +204,24 @@ cdef inline void packed_use_move(packed_t* ring, uint64_t element) noexcept nogi
         ring.used_flags ^= PACKED_WRAP_BITS
     ring.used_slot = <uint16_t>slot
 
+cdef inline void packed_mark_tails(packed_t* ring, uint16_t slot, uint16_t flags, uint16_t first,
+                                   uint16_t position) noexcept nogil:
+    """Write the used mark into the later slots of the chains from `first` to `position`; `slot`, `flags`: their place.
+
+    No driver looks at these slots before it writes them anew. But a device that starts after a crash finds its place
+    by the USED bits, and they tell it only if every slot that was used has the mark of its lap.
+    """
+    cdef uint16_t i, slots
+    while first != position:
+        slots = <uint16_t>(ring.elements[first & ring.mask] >> 48)
+        for i in range(slots):
+            if i != 0:
+                vq_store_u16(&ring.desc[slot].flags, flags)
+            slot = packed_following(ring, slot)
+            if slot == 0:
+                flags ^= PACKED_WRAP_BITS
+        first += 1
+
 cdef inline void packed_publish_batch(packed_t* ring, uint16_t position) noexcept nogil:
     """Expose all used elements before `position` by one descriptor, that of the last (2.8.7; IN_ORDER, no lengths)."""
     cdef virtq_packed_desc_t* first = &ring.desc[ring.used_slot]
@@ -219,6 +237,8 @@ cdef inline void packed_publish(packed_t* ring, uint16_t position) noexcept nogi
     """Expose all used elements before `position`; the first of them last, so that the driver sees them all at once."""
     cdef virtq_packed_desc_t* first = &ring.desc[ring.used_slot]
     cdef uint64_t element, word
+    cdef uint16_t begin = ring.shadow_used, slot = ring.used_slot, flags = ring.used_flags
+    cdef uint32_t moved = ring.moved
     if ring.shadow_used == position:
         return
     if ring.batch:
@@ -233,6 +253,8 @@ cdef inline void packed_publish(packed_t* ring, uint16_t position) noexcept nogi
         vq_store_u64(&ring.desc[ring.used_slot].len, packed_used_word(ring, element))
         packed_use_move(ring, element)
         ring.shadow_used += 1
+    if ring.moved - moved != <uint16_t>(position - begin):
+        packed_mark_tails(ring, slot, flags, begin, position)
     # Release: pairs with the driver's acquire of the flags; other elements, buffers and log bits stand before it.
     vq_store_release_u64(&first.len, word)
 

@@ -110,9 +110,13 @@ cdef int _elements(int num) noexcept:
 cdef void _find_place(packed_t* ring, uint16_t* slot, bint* wrap) noexcept:
     """Where a device that completes in order stopped, told by the ring itself; a fresh one says its beginning.
 
-    Only the device changes a USED bit, to its wrap counter, when it uses a slot: the slots before its place differ in
-    it from those behind. Later descriptors of chains are not written and may mislead; front-ends that restart a crashed
-    back-end have drivers with indirect descriptors, whose buffers take one slot.
+    Only the device changes a USED bit, to its wrap counter, when it uses a slot (`packed_publish`: each slot of a
+    chain): the slots before its place differ in it from those behind. What this cannot tell:
+
+    - With IN_ORDER one used descriptor stands for a batch, and the others keep their bits. Such a ring (`batch`) is not
+      asked; only an in-flight region would know after a crash.
+    - A burst is exposed by its first slot, which is written last. A crash in between is seen by that slot, and the
+      burst is done again, unless the burst begins in slot 0 or goes over the end of the ring.
     """
     cdef uint16_t first = vq_load_u16(&ring.desc[0].flags) & VIRTQ_PACKED_DESC_F_USED
     cdef uint16_t i
@@ -237,7 +241,8 @@ cdef class Queue:
         in_order : bool
             The device completes in order and has no in-flight region: resume where the ring says that it stopped
             when that differs from `base`, since the requests between were lost in a crash (protocol 6.3). A packed
-            ring is asked only when `base` is the very beginning, which is what QEMU says after a crash.
+            ring is asked only when `base` is the very beginning, which is what QEMU says after a crash, and not when
+            used buffers are given back in batches.
 
         Raises
         ------
@@ -303,13 +308,13 @@ cdef class Queue:
             raise ValueError(f"queue {self.index}: base {slot} is outside the ring of {num}")
         ring.num = num
         ring.mask = _elements(num) - 1
-        if in_order and slot == 0 and wrap:
+        ring.batch = self._batches and has_feature(features, VIRTIO_F_IN_ORDER)
+        if in_order and slot == 0 and wrap and not ring.batch:
             _find_place(ring, &slot, &wrap)
         ring.avail_slot = ring.used_slot = slot
         ring.avail_flags = VIRTQ_PACKED_DESC_F_AVAIL if wrap else VIRTQ_PACKED_DESC_F_USED
         ring.used_flags = PACKED_WRAP_BITS if wrap else 0
         ring.chain_slots = 1
-        ring.batch = self._batches and has_feature(features, VIRTIO_F_IN_ORDER)
         ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
         return 0
 

@@ -1,0 +1,115 @@
+"""Where a packed ring goes on after a crash of the device: found from the marks that the device left in the ring."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine_rig import IN_ORDER, RING_PACKED, VERSION_1, Guest, pattern
+from vq_core.guest_memory import GuestMemory
+
+BEGINNING = 0x8000_8000  # what QEMU says for a ring whose back-end is gone
+AVAIL, USED = 1 << 7, 1 << 15
+many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Bursts of chains, each of so many descriptors; they go round a small ring several times.
+chains = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=12)
+
+
+@pytest.fixture(scope="module")
+def memory() -> GuestMemory:
+    return GuestMemory(4 << 20)
+
+
+def packed(memory: GuestMemory | None = None, features: int = 0, size: int = 64) -> Guest:
+    return Guest(VERSION_1 | RING_PACKED | features, size=size, base=0x8000, memory=memory)
+
+
+def send_chain(guest: Guest, data: bytes, descriptors: int) -> None:
+    """A packet in so many descriptors: the header shares the first one."""
+    data = bytes(guest.header_bytes) + data
+    cuts = [guest.header_bytes + 1 + i for i in range(descriptors - 1)]
+    guest.transmitq.add([data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)])
+
+
+@pytest.mark.parametrize("size", [16, 17])
+@many
+@given(bursts=chains, lost=st.lists(st.integers(1, 4), max_size=4))
+def test_a_transmitq_goes_on_behind_the_last_used_chain(
+    harness: ModuleType, memory: GuestMemory, size: int, bursts: list[list[int]], lost: list[int]
+) -> None:
+    """What was there but not used when the device went away is done by the next one."""
+    guest, target = packed(memory, size=size), harness.Collect()
+    number = 0
+    for burst in bursts:
+        packets = [pattern(20, number + i) for i in range(len(burst))]
+        for data, descriptors in zip(packets, burst, strict=True):
+            send_chain(guest, data, descriptors)
+        guest.transmitq.publish()
+        assert harness.move(guest.port, 0, target, 0) == (len(burst), len(burst))
+        assert [packet.data for packet in target.take()] == packets
+        assert len(guest.transmitq.poll()) == len(burst)
+        number += len(burst)
+    for i, descriptors in enumerate(lost):
+        send_chain(guest, pattern(30, i), descriptors)
+    guest.transmitq.publish()
+    guest.stop()
+    guest.start(base=BEGINNING)
+    assert harness.move(guest.port, 0, target, 0) == (len(lost), len(lost))
+    assert [packet.data for packet in target.take()] == [pattern(30, i) for i in range(len(lost))]
+    assert len(guest.transmitq.poll()) == len(lost)
+
+
+@many
+@given(bursts=chains)
+def test_a_receiveq_goes_on_behind_the_last_used_chain(
+    harness: ModuleType, memory: GuestMemory, bursts: list[list[int]]
+) -> None:
+    guest, source = packed(memory, size=17), harness.Feed()
+    for burst in [*bursts, [1]]:
+        for descriptors in burst:
+            guest.receiveq.add((), [*[guest.header_bytes] * (descriptors - 1), 40])
+        guest.receiveq.publish()
+        guest.stop()
+        guest.start(base=BEGINNING)
+        packets = [pattern(20, i) for i in range(len(burst))]
+        for packet in packets:
+            source.add(packet)
+        assert harness.move(source, 0, guest.port, 0) == (len(burst), len(burst))
+        assert guest.received() == packets
+
+
+def test_every_slot_of_a_used_chain_has_the_mark_of_its_lap(harness: ModuleType) -> None:
+    """Seven slots and chains of three: the third of them goes over the end."""
+    guest, target = packed(size=7), harness.Collect()
+    marks = [AVAIL | USED] * 7
+    for place in (0, 3, 6):
+        send_chain(guest, b"packet", 3)
+        guest.transmitq.publish()
+        assert harness.move(guest.port, 0, target, 0) == (1, 1)
+        assert len(guest.transmitq.poll()) == 1
+        if place == 6:
+            marks[:2] = [0, 0]
+        found = [int(flags) for flags in guest.transmitq.desc["flags"]]
+        assert [flags & (AVAIL | USED) for flags in found[: place + 3]] == marks[: place + 3]
+        assert not any(found[place + 3 :])
+
+
+def test_a_ring_given_back_in_batches_is_not_asked(harness: ModuleType) -> None:
+    """With IN_ORDER the slots behind the first of a batch keep their bits; the place that is said is the only one."""
+    guest, target = packed(features=IN_ORDER, size=16), harness.Collect()
+    for turn in range(8):  # two whole laps, four slots at a time
+        for number in range(4):
+            guest.send(bytes([4 * turn + number + 1]))
+        guest.transmitq.publish()
+        harness.move(guest.port, 0, target, 0)
+        assert len(guest.transmitq.poll()) == 4
+    assert guest.stop()[1] == BEGINNING
+    guest.send(b"next")
+    guest.transmitq.publish()
+    guest.start(base=BEGINNING)
+    target.take()
+    assert harness.move(guest.port, 0, target, 0) == (1, 1)
+    assert [packet.data for packet in target.take()] == [b"next"]
