@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ class PortCounters(NamedTuple):
     from_guest: int
     to_guest: int
     dropped: dict[str, int]
+    layouts: Set[str] | None = None  # of the rings that a guest runs; None: nobody can tell
 
 
 class Port(NamedTuple):
@@ -179,7 +180,8 @@ class Pump(Backend):
                 if isinstance(direction, dict):
                     for cause, count in direction.get("dropped", {}).items():
                         dropped[cause] = dropped.get(cause, 0) + count
-            found.append(PortCounters(packets(port, "from_guest"), packets(port, "to_guest"), dropped))
+            layouts = {queue["layout"] for queue in port.get("queues", ())}
+            found.append(PortCounters(packets(port, "from_guest"), packets(port, "to_guest"), dropped, layouts))
         return found
 
     def stop(self) -> float:

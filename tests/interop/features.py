@@ -17,9 +17,10 @@ CHECKSUM = ("csum", "guest_csum")
 
 # Feature bits; VIRTIO 1.3, 5.1.3 (net) and 6 (of all devices)
 CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6, MRG_RXBUF = 0, 1, 7, 8, 11, 12, 15
-INDIRECT_DESC, EVENT_IDX, VERSION_1 = 28, 29, 32
+INDIRECT_DESC, EVENT_IDX, VERSION_1, RING_PACKED = 28, 29, 32, 34
 OFFLOADS = {CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6}
-WANTED = OFFLOADS | {MRG_RXBUF, INDIRECT_DESC, EVENT_IDX, VERSION_1}
+WANTED = OFFLOADS | {MRG_RXBUF, INDIRECT_DESC, EVENT_IDX, VERSION_1, RING_PACKED}
+PACKED: dict[str, str | int] = {"packed": "on"}  # QEMU's default is off
 
 
 class Kind(NamedTuple):
@@ -30,11 +31,21 @@ class Kind(NamedTuple):
     properties : dict
         Properties of QEMU's virtio-net-pci.
     absent : Set of int
-        Feature bits, out of ``WANTED``, that such a guest cannot have; it has all the others.
+        Feature bits, out of ``WANTED``, that such a guest cannot have; it has all the others. RING_PACKED follows the
+        properties.
     """
 
     properties: dict[str, str | int]
     absent: Set[int] = frozenset()
+
+    @property
+    def negotiates(self) -> Set[int]:
+        """The feature bits out of ``WANTED`` that such a guest has."""
+        return WANTED - self.absent - (set() if "packed" in self.properties else {RING_PACKED})
+
+    def on_packed_rings(self) -> Kind:
+        """The same kind of guest with packed rings."""
+        return Kind(self.properties | PACKED, self.absent)
 
     @property
     def segments(self) -> bool:
@@ -60,6 +71,7 @@ KINDS = {
     ),
     "long_rings": Kind({"rx_queue_size": 1024, "tx_queue_size": 1024}),
 }
+KINDS |= {f"packed_{name}": kind.on_packed_rings() for name, kind in KINDS.items()}
 
 
 def negotiated(guest: Guest) -> set[int]:
@@ -71,7 +83,7 @@ def negotiated(guest: Guest) -> set[int]:
 def assert_kind(guest: Guest, kind: Kind) -> None:
     """Check that the driver really runs with what this kind of guest stands for."""
     found = negotiated(guest) & WANTED
-    assert found == WANTED - kind.absent, f"negotiated {sorted(found)}, expected {sorted(WANTED - kind.absent)}"
+    assert found == kind.negotiates, f"negotiated {sorted(found)}, expected {sorted(kind.negotiates)}"
 
 
 def kernel_mtu(station: Station) -> int:

@@ -15,14 +15,29 @@ from interop.testpmd import PortStatistics, Testpmd
 pytestmark = pytest.mark.dpdk
 RING = 256
 BURST = 32
-SECONDS = 1.0
+SECONDS = 0.7
 MINIMUM = 10_000  # packets; a working pair moves millions in a second
-SPLIT = f"queue_size={RING}"
+PACKED = ",packed_vq=1"
+LAYOUTS = {"split": "", "packed": PACKED}
 VARIANTS = {
     "defaults": "",
     "not mergeable": ",mrg_rxbuf=0",
     "not in order": ",in_order=0",
     "neither": ",mrg_rxbuf=0,in_order=0",
+    "packed": PACKED,
+    "packed, not mergeable": PACKED + ",mrg_rxbuf=0",
+    "packed, not in order": PACKED + ",in_order=0",
+    "packed, neither": PACKED + ",mrg_rxbuf=0,in_order=0",
+}
+# What is left out concerns the size of a packet or who forwards it, of which the layout knows nothing.
+SIZES = [(64, name) for name in VARIANTS] + [(1518, name) for name in VARIANTS if "packed, " not in name]
+LOOPS = [("io", name) for name in VARIANTS] + [("rtt", name) for name in VARIANTS if "packed, " not in name]
+# The two guests of a patch.
+PAIRS = {
+    **{name: (VARIANTS[name],) * 2 for name in ("defaults", "not mergeable", "not in order", "neither", "packed")},
+    "packed, neither": (VARIANTS["packed, neither"],) * 2,
+    "split to packed": ("", PACKED),
+    "packed to split, neither": (VARIANTS["packed, neither"], VARIANTS["neither"]),
 }
 MODES = {"sink": "txonly", "gen": "rxonly", "io": "io", "patch": "io", "rtt": "io"}
 
@@ -36,7 +51,14 @@ class Run(NamedTuple):
     backend: Backend
 
 
-def _start(rig: Rig, direction: str, *, size: int = 64, more: str = "", queues: int = 1, server: bool = False) -> Run:
+def _vdev(rig: Rig, index: int = 0, *, more: str = "") -> str:
+    """Argument of testpmd for a front-end on the socket of this number."""
+    return f"net_virtio_user{index},path={rig.sock('ab'[index])},queue_size={RING}{more}"
+
+
+def _start(
+    rig: Rig, direction: str, *, size: int = 64, more: tuple[str, ...] = ("",), queues: int = 1, server: bool = False
+) -> Run:
     """Let packets move for a moment.
 
     Parameters
@@ -45,8 +67,8 @@ def _start(rig: Rig, direction: str, *, size: int = 64, more: str = "", queues: 
         As in ``MODES``: which side makes, drops or returns packets.
     size : int
         Bytes of a packet.
-    more : str
-        Further arguments of net_virtio_user.
+    more : tuple of str
+        Further arguments of net_virtio_user, for each front-end.
     queues : int
         Queue pairs.
     server : bool
@@ -59,10 +81,8 @@ def _start(rig: Rig, direction: str, *, size: int = 64, more: str = "", queues: 
     backend = rig.backend(*ports, core=0, start=not server)
     if server:
         backend.launch()  # it comes first here, and has to keep trying until the front-end listens
-    vdevs = [
-        f"net_virtio_user{index},path={rig.sock(name)},{SPLIT},queues={queues}{',server=1' if server else ''}{more}"
-        for index, name in enumerate(names)
-    ]
+    role = f",queues={queues}{',server=1' if server else ''}"
+    vdevs = [_vdev(rig, index, more=role + arguments) for index, arguments in enumerate(more)]
     options = [f"--forward-mode={MODES[direction]}", f"--txpkts={size}", f"--rxq={queues}", f"--txq={queues}"]
     options += [f"--burst={1 if direction == 'rtt' else BURST}"]
     options += ["--port-topology=chained"] if direction == "patch" else []
@@ -77,13 +97,14 @@ def _start(rig: Rig, direction: str, *, size: int = 64, more: str = "", queues: 
     back = backend.counters()
     assert len(front) == len(names)
     guests = [counters for counters, port in zip(back, backend.ports, strict=True) if port.kind == "vhost"]
+    for guest, arguments in zip(guests, more, strict=True):
+        assert guest.layouts in (None, {"packed" if PACKED in arguments else "split"})
     return Run(front, guests, testpmd, backend)
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS.values()), ids=list(VARIANTS))
-@pytest.mark.parametrize("size", [64, 1518])
+@pytest.mark.parametrize(("size", "variant"), SIZES)
 def test_sink_takes_every_packet(rig: Rig, size: int, variant: str) -> None:
-    run = _start(rig, "sink", size=size, more=variant)
+    run = _start(rig, "sink", size=size, more=(VARIANTS[variant],))
     (front,), (back,) = run.front, run.back
     assert front.transmitted > MINIMUM
     assert back.from_guest == front.transmitted
@@ -91,10 +112,9 @@ def test_sink_takes_every_packet(rig: Rig, size: int, variant: str) -> None:
     rig.note(f"{front.transmitted / SECONDS / 1e6:.1f} million packets a second")
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS.values()), ids=list(VARIANTS))
-@pytest.mark.parametrize("size", [64, 1518])
+@pytest.mark.parametrize(("size", "variant"), SIZES)
 def test_generator_reaches_the_guest(rig: Rig, size: int, variant: str) -> None:
-    run = _start(rig, "gen", size=size, more=variant)
+    run = _start(rig, "gen", size=size, more=(VARIANTS[variant],))
     (front,), (back,) = run.front, run.back
     assert front.received > MINIMUM
     # What came after the front-end stopped fills its ring and stays there; and testpmd sometimes drops, uncounted, a
@@ -103,10 +123,9 @@ def test_generator_reaches_the_guest(rig: Rig, size: int, variant: str) -> None:
     rig.note(f"{front.received / SECONDS / 1e6:.1f} million packets a second")
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS.values()), ids=list(VARIANTS))
-@pytest.mark.parametrize("direction", ["io", "rtt"])
+@pytest.mark.parametrize(("direction", "variant"), LOOPS)
 def test_echo_returns_every_packet(rig: Rig, direction: str, variant: str) -> None:
-    run = _start(rig, direction, more=variant)
+    run = _start(rig, direction, more=(VARIANTS[variant],))
     (front,), (back,) = run.front, run.back
     assert front.received > MINIMUM / 10
     assert back.from_guest == back.to_guest == front.transmitted, "the echo lost or doubled packets"
@@ -115,9 +134,9 @@ def test_echo_returns_every_packet(rig: Rig, direction: str, variant: str) -> No
     rig.note(f"{front.received / SECONDS / 1e6:.2f} million packets a second")
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS.values()), ids=list(VARIANTS))
-def test_patch_carries_every_packet_over(rig: Rig, variant: str) -> None:
-    run = _start(rig, "patch", more=variant)
+@pytest.mark.parametrize("pair", list(PAIRS.values()), ids=list(PAIRS))
+def test_patch_carries_every_packet_over(rig: Rig, pair: tuple[str, str]) -> None:
+    run = _start(rig, "patch", more=pair)
     assert min(front.received for front in run.front) > MINIMUM
     for here, there in ((0, 1), (1, 0)):
         assert run.back[here].from_guest == run.front[here].transmitted
@@ -127,27 +146,29 @@ def test_patch_carries_every_packet_over(rig: Rig, variant: str) -> None:
     rig.note(f"{sum(front.received for front in run.front) / SECONDS / 1e6:.1f} million packets a second")
 
 
-def test_two_queue_pairs_both_carry_packets(rig: Rig) -> None:
-    run = _start(rig, "io", queues=2)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_queue_pairs_both_carry_packets(rig: Rig, layout: str) -> None:
+    run = _start(rig, "io", queues=2, more=(LAYOUTS[layout],))
     streams = run.testpmd.streams()
     assert set(streams) == {(0, 0), (0, 1)} and min(streams.values()) > MINIMUM / 10, streams
     assert run.back[0].from_guest == run.back[0].to_guest == run.front[0].transmitted
     assert not run.back[0].dropped
 
 
-@pytest.mark.parametrize("direction", ["sink", "io"])
-def test_back_end_connects(rig: Rig, direction: str) -> None:
-    run = _start(rig, direction, server=True)
+@pytest.mark.parametrize(("direction", "layout"), [("sink", "split"), ("io", "split"), ("io", "packed")])
+def test_back_end_connects(rig: Rig, direction: str, layout: str) -> None:
+    run = _start(rig, direction, server=True, more=(LAYOUTS[layout],))
     assert run.front[0].transmitted > MINIMUM
     assert run.back[0].from_guest == run.front[0].transmitted
 
 
 def test_front_end_leaves_and_another_comes(rig: Rig) -> None:
-    """In order and by SIGKILL; the back-end keeps listening and leaks nothing."""
+    """In order and by SIGKILL, with either layout; the back-end keeps listening and leaks nothing."""
     backend = rig.backend(f"vhost:{rig.sock()}", core=0)
     before = len(backend.descriptors())
-    for turn, in_order in enumerate((True, False, True)):
-        vdev = f"net_virtio_user0,path={rig.sock()},{SPLIT}"
+    comings = [("split", True), ("packed", False), ("packed", True), ("split", False), ("split", True)]
+    for turn, (layout, in_order) in enumerate(comings):
+        vdev = _vdev(rig, more=LAYOUTS[layout])
         testpmd = rig.testpmd(f"front{turn}", vdev, core=1, options=["--forward-mode=io"])
         testpmd.command("start tx_first")
         time.sleep(0.3)
@@ -159,13 +180,13 @@ def test_front_end_leaves_and_another_comes(rig: Rig) -> None:
     wait_until("the last connection to be given up", lambda: len(backend.descriptors()) <= before, 5)
 
 
-def test_back_end_is_killed_and_front_end_listens_on(rig: Rig) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_back_end_is_killed_and_front_end_listens_on(rig: Rig, layout: str) -> None:
     """virtio-user as server takes a new back-end and starts its rings anew."""
     backend = rig.backend(f"vhost:{rig.sock()},client", core=0, start=False)
     backend.launch()
-    testpmd = rig.testpmd(
-        "front", f"net_virtio_user0,path={rig.sock()},{SPLIT},server=1", core=1, options=["--forward-mode=txonly"]
-    )
+    vdev = _vdev(rig, more=",server=1" + LAYOUTS[layout])
+    testpmd = rig.testpmd("front", vdev, core=1, options=["--forward-mode=txonly"])
     backend.wait_ready()
     testpmd.command("start")
     _await_packets(testpmd)
