@@ -70,6 +70,12 @@ KINDS = {
         OFFLOADS | {MRG_RXBUF, INDIRECT_DESC, EVENT_IDX},
     ),
     "long_rings": Kind({"rx_queue_size": 1024, "tx_queue_size": 1024}),
+    # Whatever makes a driver use one descriptor, and events instead of flags, is missing: a long packet takes a chain
+    # of the ring's own descriptors, in both directions. A receive buffer takes 19 of them.
+    "chains": Kind(
+        _off("mrg_rxbuf", "indirect_desc", "event_idx") | {"rx_queue_size": 1024, "tx_queue_size": 1024},
+        {MRG_RXBUF, INDIRECT_DESC, EVENT_IDX},
+    ),
 }
 KINDS |= {f"packed_{name}": kind.on_packed_rings() for name, kind in KINDS.items()}
 
@@ -84,6 +90,11 @@ def assert_kind(guest: Guest, kind: Kind) -> None:
     """Check that the driver really runs with what this kind of guest stands for."""
     found = negotiated(guest) & WANTED
     assert found == kind.negotiates, f"negotiated {sorted(found)}, expected {sorted(kind.negotiates)}"
+
+
+def assert_packed(guest: Guest, packed: bool) -> None:
+    """Check that the driver really runs with the layout that is meant."""
+    assert (RING_PACKED in negotiated(guest)) == packed
 
 
 def kernel_mtu(station: Station) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from interop.backend import Backend
+from interop.features import PACKED, assert_packed
 from interop.guest import Guest
 from interop.host import Host, Station
 from interop.process import wait_until
@@ -20,7 +21,7 @@ SECONDS = 2
 MINIMUM = 200  # packets that no chatter of the kernels brings together
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[{}, PACKED], ids=["split", "packed"])
 def tap(request: pytest.FixtureRequest) -> Iterator[tuple[Host, Guest]]:
     """Boot a guest of two queue pairs with a TAP of two."""
     with Rig(request.config.getoption("--backend"), "multiqueue over a TAP") as rig:
@@ -28,21 +29,27 @@ def tap(request: pytest.FixtureRequest) -> Iterator[tuple[Host, Guest]]:
             pytest.skip("the stand-in has one queue on a TAP")
         host = rig.host()
         rig.backend(f"vhost:{rig.sock()},queues={PAIRS}", f"tap:vq0,queues={PAIRS}", host=host)
-        guest = rig.guest(rig.sock(), queues=PAIRS, cpus=PAIRS)
+        guest = rig.guest(rig.sock(), queues=PAIRS, cpus=PAIRS, properties=request.param)
         host.configure(1)
         guest.configure(2)
+        assert_packed(guest, request.param is PACKED)
         yield host, guest
 
 
 @pytest.fixture(scope="module")
 def patch(request: pytest.FixtureRequest) -> Iterator[tuple[Backend, Guest, Guest]]:
-    """Boot two guests of two queue pairs."""
+    """Boot two guests of two queue pairs, the second of them on packed rings."""
     with Rig(request.config.getoption("--backend"), "multiqueue over a patch") as rig:
         backend = rig.backend(*(f"vhost:{rig.sock(name)},queues={PAIRS}" for name in "ab"))
-        started = [rig.guest(rig.sock(name), boot=False, queues=PAIRS, cpus=PAIRS) for name in "ab"]
+        started = [
+            rig.guest(rig.sock(name), boot=False, queues=PAIRS, cpus=PAIRS, properties=properties)
+            for name, properties in {"a": {}, "b": PACKED}.items()
+        ]
         first, second = (guest.wait_booted() for guest in started)
         first.configure(1)
         second.configure(2)
+        assert_packed(first, False)
+        assert_packed(second, True)
         yield backend, first, second
 
 
@@ -93,12 +100,14 @@ def test_all_queues_carry_packets_between_guests(patch: tuple[Backend, Guest, Gu
 def test_number_of_pairs_changes_while_running(patch: tuple[Backend, Guest, Guest]) -> None:
     backend, first, second = patch
     backend.requires("queue steering")
-    for pairs in (1, 2, 1, 2):
-        first.check(f"ethtool -L eth0 combined {pairs}")
-        assert_ping(first, second, count=50)
-        assert_ping(second, first, count=50)
+    for pairs in (1, 2):
+        for guest in (first, second):
+            guest.check(f"ethtool -L eth0 combined {pairs}")
+            assert_ping(first, second, count=50)
+            assert_ping(second, first, count=50)
     send_bulk(second, first, mib=8)
-    assert first.check("ethtool -l eth0").count(f"Combined:\t{PAIRS}") == 2
+    for guest in (first, second):
+        assert guest.check("ethtool -l eth0").count(f"Combined:\t{PAIRS}") == 2
 
 
 def test_guest_that_uses_fewer_pairs_than_offered(rig: Rig) -> None:
@@ -106,7 +115,10 @@ def test_guest_that_uses_fewer_pairs_than_offered(rig: Rig) -> None:
     rig.backend(f"vhost:{rig.sock('a')},queues={PAIRS}", f"vhost:{rig.sock('b')},queues={PAIRS}").requires(
         "queue steering"
     )
-    started = [rig.guest(rig.sock("a"), boot=False, queues=PAIRS, cpus=PAIRS), rig.guest(rig.sock("b"), boot=False)]
+    started = [
+        rig.guest(rig.sock("a"), boot=False, queues=PAIRS, cpus=PAIRS),
+        rig.guest(rig.sock("b"), boot=False, properties=PACKED),
+    ]
     wide, narrow = (guest.wait_booted() for guest in started)
     wide.configure(1)
     narrow.configure(2)

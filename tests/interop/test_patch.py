@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from interop.backend import Backend
-from interop.features import KINDS, kernel_mtu
+from interop.features import KINDS, PACKED, assert_kind, kernel_mtu
 from interop.guest import Guest
 from interop.rig import Rig
 from interop.traffic import FRAME_BYTES, PacketSizes, assert_ping, await_path, send_bulk
@@ -16,12 +16,13 @@ from interop.traffic import FRAME_BYTES, PacketSizes, assert_ping, await_path, s
 pytestmark = pytest.mark.guest
 PAIRS = [
     ("defaults", "defaults"),
-    ("defaults", "no_offloads"),
-    ("checksum_only", "plain"),
-    ("not_mergeable", "defaults"),
-    ("not_mergeable", "no_event_idx"),
+    ("packed_defaults", "packed_defaults"),
+    ("packed_defaults", "no_offloads"),
+    ("checksum_only", "packed_plain"),
+    ("not_mergeable", "packed_defaults"),
+    ("packed_chains", "no_event_idx"),
 ]
-FULL_BULK = PAIRS[:1]
+FULL_BULK = PAIRS[:2]
 
 
 class Pair(NamedTuple):
@@ -50,6 +51,12 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     with Rig(request.config.getoption("--backend"), f"patch[{'-'.join(names)}]") as rig:
         backend, first, second = _boot(rig, *(KINDS[name].properties for name in names))
         yield Pair(rig, names, (first, second), backend)
+
+
+def test_negotiates_what_the_guests_may(pair: Pair) -> None:
+    pair.backend.requires("TAP offloads")
+    for guest, name in zip(pair.guests, pair.names, strict=True):
+        assert_kind(guest, KINDS[name])
 
 
 def test_ping_without_loss(pair: Pair) -> None:
@@ -99,7 +106,7 @@ def test_packets_of_the_host_mtu(rig: Rig) -> None:
     """A 9000-byte MTU reaches the guests, and such packets pass unfragmented."""
     if "host_mtu" in rig.backend_class.lacks:
         pytest.skip("the stand-in has no host_mtu")
-    _, first, second = _boot(rig, {"host_mtu": 9000}, {"host_mtu": 9000})
+    _, first, second = _boot(rig, {"host_mtu": 9000}, {"host_mtu": 9000} | PACKED)
     assert kernel_mtu(first) == kernel_mtu(second) == 9000
     assert_ping(first, second, count=50, size=8972, options="-M do")
     send_bulk(first, second, mib=8)

@@ -1,4 +1,4 @@
-"""Three ports make a learning switch: two guests and a TAP."""
+"""Three ports make a learning switch: two guests, one of them on packed rings, and a TAP."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
+from interop.features import PACKED, assert_packed
 from interop.guest import Guest
 from interop.host import Host, Station
 from interop.rig import Rig
@@ -36,9 +37,12 @@ def net(request: pytest.FixtureRequest) -> Iterator[Net]:
             pytest.skip("the stand-in has no switch")
         host = rig.host()
         rig.backend(f"vhost:{rig.sock('a')}", f"vhost:{rig.sock('b')}", "tap:vq0", host=host)
-        first, second = rig.guest(rig.sock("a"), boot=False), rig.guest(rig.sock("b"), boot=False)
+        first = rig.guest(rig.sock("a"), boot=False)
+        second = rig.guest(rig.sock("b"), boot=False, properties=PACKED)
         for number, station in enumerate((host, first.wait_booted(), second.wait_booted()), 1):
             station.configure(number)
+        assert_packed(first, False)
+        assert_packed(second, True)
         yield Net(host, first, second)
 
 

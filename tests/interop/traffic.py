@@ -103,6 +103,14 @@ def send_bulk(source: Station, target: Station, *, mib: int = BULK_MIB, ipv6: bo
     return seconds
 
 
+def stream(source: Station, target: Station, *, mib: int = 8) -> None:
+    """Send by TCP in writes so long that segmentation has something to do, however fast they are taken away."""
+    port = next(_ports)
+    target.check(f"iperf3 -s -1 -D -p {port}")
+    wait_until("iperf3", listening(target, port), 10)
+    source.check(f"iperf3 -c {target.address} -p {port} -n {mib}M", BULK_SECONDS)
+
+
 def listening(station: Station, port: int) -> Callable[[], bool]:
     """Give a test whether somebody listens on a TCP port of the station."""
     row = f":{port:04X} 0+:0000 0A"  # local port, no peer, TCP_LISTEN
