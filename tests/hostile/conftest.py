@@ -12,6 +12,7 @@ import pytest
 
 from hostile.guest import Guest
 from hostile.process import Host, Neighbour, wait_until
+from hostile.rings import LAYOUTS
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,12 +69,21 @@ Connect = Callable[..., Guest]
 
 
 @pytest.fixture
-def connect(host: Host, unharmed: None) -> Iterator[Connect]:
+def layout() -> str:
+    """The layout of all rings of a test; `every_layout` makes it each of them."""
+    return "split"
+
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture
+def connect(host: Host, unharmed: None, layout: str) -> Iterator[Connect]:
     """Make guests, one after the other or just one; all are gone after the test."""
     guests: list[Guest] = []
 
     def make(*args: Any, **options: Any) -> Guest:
-        guest = Guest(host, *args, **options)
+        guest = Guest(host, *args, **{"layout": layout} | options)
         guests.append(guest)
         return guest
 

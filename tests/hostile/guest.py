@@ -9,6 +9,8 @@ from typing import Any
 import numpy
 
 from hostile.process import Host, share, start, wait_until
+from hostile.rings import LAYOUTS, packed_table, ring_of
+from reference_device import DESCRIPTOR
 from vq import virtio as v
 from vq.errors import BackendError, ConnectionClosed
 from vq.frontend import Frontend
@@ -42,63 +44,6 @@ GAP = B + B_BYTES
 A_USER, B_USER, C_USER = 0x7E12_0000_0000, 0x7E13_0000_0000, 0x7E14_0000_0000
 
 
-class RawRing:
-    """A split ring by its bytes: nothing keeps its user from writing nonsense.
-
-    Parameters
-    ----------
-    desc, avail, used, used_head : ndarray
-        Views of the driver API.
-    """
-
-    def __init__(self, desc: Any, avail: Any, used: Any, used_head: Any) -> None:
-        self.desc, self.avail, self.used, self.used_head = desc, avail, used, used_head
-        self.num = len(desc)
-
-    @classmethod
-    def of(cls, queue: DriverQueue) -> RawRing:
-        """The ring of a driver's queue."""
-        return cls(queue.desc, queue.avail, queue.used, queue.used_head)
-
-    @property
-    def avail_idx(self) -> int:
-        return int(self.avail[1])
-
-    @property
-    def used_idx(self) -> int:
-        return int(self.used_head[1])
-
-    def put(self, index: int, addr: int, length: int, flags: int = 0, after: int = 0) -> None:
-        """Write a descriptor."""
-        self.desc[index] = (addr, length, flags, after)
-
-    def chain(self, *parts: tuple[int, int, int], first: int = 0) -> int:
-        """Write parts (addr, length, flags) into neighbouring descriptors joined by NEXT; gives the head."""
-        for number, (addr, length, flags) in enumerate(parts):
-            last = number == len(parts) - 1
-            self.put(first + number, addr, length, flags | (0 if last else NEXT), 0 if last else first + number + 1)
-        return first
-
-    def offer(self, *heads: int) -> None:
-        """Make heads available, whatever they are."""
-        position = self.avail_idx
-        for head in heads:
-            self.avail[2 + position % self.num] = head
-            position = (position + 1) % 65536
-        self.avail[1] = position
-
-    def element(self, position: int) -> tuple[int, int]:
-        """The used element at a position: (id, length)."""
-        used = self.used[position % self.num]
-        return int(used["id"]), int(used["len"])
-
-
-def table(parts: Sequence[tuple[int, int, int, int]]) -> bytes:
-    """Lay out an indirect table of (addr, length, flags, next)."""
-    rows = numpy.array(list(parts), dtype=[("addr", "<u8"), ("len", "<u4"), ("flags", "<u2"), ("next", "<u2")])
-    return rows.tobytes()
-
-
 class Guest:
     """A connected front-end with memory of three regions and a queue pair.
 
@@ -113,17 +58,26 @@ class Guest:
         Start both rings; otherwise only the connection and its memory stand.
     protocol : int
         Protocol features that are wanted.
+    layout : str
+        Of the rings: split or packed.
     """
 
     def __init__(
-        self, host: Host, features: int = PLAIN, *, num: int = 16, running: bool = True, protocol: int = PROTOCOL
+        self,
+        host: Host,
+        features: int = PLAIN,
+        *,
+        num: int = 16,
+        running: bool = True,
+        protocol: int = PROTOCOL,
+        layout: str = "split",
     ) -> None:
         self.host = host
         self.frontend = Frontend.connect(host.path, timeout=5.0)
         self.err_fds: list[int] = []
         self.queues: list[DriverQueue] = []
         try:
-            self._set_up(features, num, running, protocol)
+            self._set_up(features | LAYOUTS[layout], num, running, protocol)
         except BaseException:
             self.frontend.close()
             raise
@@ -137,7 +91,7 @@ class Guest:
         share(self.frontend, self.memory)
         self.queues = [DriverQueue(self.memory, num, features=agreed) for _ in range(2)]
         self.receiveq, self.transmitq = self.queues
-        self.receive, self.transmit = (RawRing.of(queue) for queue in self.queues)
+        self.receive, self.transmit = self.rings = [ring_of(queue) for queue in self.queues]
         self.header_bytes = 12 if v.has(agreed, v.VIRTIO_F_VERSION_1) or v.has(agreed, v.VIRTIO_NET_F_MRG_RXBUF) else 10
         self.err_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
         if running:
@@ -157,17 +111,23 @@ class Guest:
 
     # -- rings --
 
-    def start(self, index: int, *, base: int = 0) -> None:
-        start(self.frontend, index, self.queues[index], err_fd=self.err_fds[index], base=base)
+    def start(self, index: int, *, base: int | None = None) -> None:
+        """Start a ring, by default at its very beginning."""
+        queue = self.queues[index]
+        if base is None:
+            base = 0x8000 if queue.layout == "packed" else 0
+        start(self.frontend, index, queue, err_fd=self.err_fds[index], base=base)
 
     def stop(self, index: int) -> int:
-        return self.frontend.stop_ring(index)
+        """Stop a ring; gives the base to go on at."""
+        return self.frontend.stop_ring(index) & 0xFFFF
 
     def restart(self, index: int, base: int | None = None) -> None:
         """Stop a ring, clear it, and start it anew."""
         stopped = self.stop(index)
         base = stopped if base is None else base
         self.queues[index].reset(base)
+        self.rings[index].restart(base)
         self.start(index, base=base)
 
     def kick(self, index: int) -> None:
@@ -185,6 +145,11 @@ class Guest:
 
     def bytes_at(self, addr: int, length: int) -> memoryview:
         return self.memory.view(addr, length)
+
+    def table(self, rows: Any) -> bytes:
+        """Lay out an indirect table of (addr, length, flags, next); a packed one has ids in the place of next."""
+        entries = numpy.array(rows, DESCRIPTOR)
+        return bytes((packed_table(entries) if self.transmitq.layout == "packed" else entries).tobytes())
 
     def write(self, addr: int, data: bytes) -> int:
         """Write guest memory; gives the address back."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from hostile.guest import RawRing
+from hostile.rings import SplitRing
 from vq.frontend import Frontend, RingSetup
 from vq.payload import Region
 
@@ -46,13 +46,13 @@ class LoseableMemory:
     def region(self) -> Region:
         return Region(self.guest_addr, self.size, self.user_addr, 0)
 
-    def ring(self, num: int, offset: int = 0) -> RawRing:
+    def ring(self, num: int, offset: int = 0) -> SplitRing:
         """A ring whose parts lie at their places behind `offset`."""
 
         def view(at: int, kind: Any, count: int) -> Any:
             return numpy.frombuffer(self.bytes, kind, count, offset + at)
 
-        return RawRing(
+        return SplitRing(
             view(DESC, DESCRIPTOR, num),
             view(AVAIL, "<u2", num + 3),
             view(USED + 4, [("id", "<u4"), ("len", "<u4")], num),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import vq
-from hostile.conftest import Connect
+from hostile.conftest import Connect, every_layout
 from hostile.guest import A_BYTES, A_USER, KICK, PLAIN, WRITE, A, B, Guest
 from hostile.process import Host, Neighbour, wait_until
 from vq.errors import ConnectionClosed
@@ -155,6 +155,7 @@ def test_the_next_one_comes_at_once(host: Host, unharmed: None) -> None:
     assert refused == 0
 
 
+@every_layout
 @pytest.mark.checklist(22, 46)
 def test_guests_that_come_and_go(host: Host, neighbour: Neighbour, connect: Connect) -> None:
     """Lines 22, 46: whole lives, one after the other, leave no memory behind."""
@@ -232,6 +233,7 @@ def test_stale_socket_and_permissions(tmp_path: Path) -> None:
 # -- line 42 --
 
 
+@every_layout
 @pytest.mark.checklist(42)
 def test_no_length_makes_us_allocate(host: Host, neighbour: Neighbour, connect: Connect) -> None:
     """Line 42: descriptor lengths, ring sizes and table lengths of gigabytes; our own memory stays as it is."""

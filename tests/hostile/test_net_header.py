@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from hostile.conftest import Connect
-from hostile.guest import INDIRECT, NEXT, PAGE, PLAIN, WRITE, A, B, Guest, table
+from hostile.conftest import Connect, every_layout
+from hostile.guest import INDIRECT, NEXT, PAGE, PLAIN, WRITE, A, B, Guest
 from hostile.process import wait_until
 from vq import virtio as v
 
@@ -62,6 +62,7 @@ def send(guest: Guest, head: bytes, payload: bytes) -> None:
 # -- line 33 --
 
 
+@every_layout
 @pytest.mark.checklist(33)
 @pytest.mark.parametrize(
     "cuts", [list(range(1, 13)), [1], [11], [6], [3, 9], [12], [10, 11, 12, 13], [2, 4, 6, 8, 10, 14, 40]]
@@ -81,7 +82,7 @@ def test_header_in_pieces(guest: Guest, cuts: list[int], indirect: bool) -> None
                 (base + a, b - a, flags | (NEXT if n < last else 0), n + 1 if n < last else 0)
                 for n, (a, b) in enumerate(pieces)
             ]
-            guest.write(place, table(rows))
+            guest.write(place, guest.table(rows))
             ring.put(0, place, 16 * len(rows), INDIRECT)
         else:
             ring.chain(*((base + a, b - a, flags) for a, b in pieces))
@@ -93,6 +94,7 @@ def test_header_in_pieces(guest: Guest, cuts: list[int], indirect: bool) -> None
     guest.well()
 
 
+@every_layout
 @pytest.mark.checklist(33)
 @pytest.mark.parametrize("total", range(13))
 @pytest.mark.parametrize("single", [True, False])
@@ -112,6 +114,7 @@ def test_chain_shorter_than_its_header(guest: Guest, total: int, single: bool) -
     guest.well()
 
 
+@every_layout
 @pytest.mark.checklist(33)
 @pytest.mark.parametrize("before", range(1, 13))
 def test_header_across_two_regions(guest: Guest, before: int) -> None:
@@ -151,6 +154,7 @@ def test_header_of_ten_bytes(connect: Connect) -> None:
 # -- line 34 --
 
 
+@every_layout
 @pytest.mark.checklist(34, 48)
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 11, 12, 13, 30])
 def test_tiny_receive_buffers(connect: Connect, size: int) -> None:
@@ -172,6 +176,7 @@ def test_tiny_receive_buffers(connect: Connect, size: int) -> None:
     guest.well()
 
 
+@every_layout
 @pytest.mark.checklist(34)
 def test_packet_larger_than_all_buffers(connect: Connect) -> None:
     """Line 34 (CVE-2021-3748): a full ring that is too small: dropped, nothing used; the next small one comes."""
@@ -188,6 +193,7 @@ def test_packet_larger_than_all_buffers(connect: Connect) -> None:
     guest.well()
 
 
+@every_layout
 @pytest.mark.checklist(34)
 def test_too_few_buffers_for_now(connect: Connect) -> None:
     """Line 34: a ring that is not full takes nothing of a packet that does not fit; it is dropped as a whole."""
@@ -203,6 +209,7 @@ def test_too_few_buffers_for_now(connect: Connect) -> None:
     guest.well()
 
 
+@every_layout
 @pytest.mark.checklist(34, 43)
 def test_sixty_thousand_buffers_for_a_packet(connect: Connect, neighbour: object) -> None:
     """Lines 34, 43: one byte a buffer on the largest ring, the longest packet: bounded work, no wrap of num_buffers."""
@@ -210,8 +217,7 @@ def test_sixty_thousand_buffers_for_a_packet(connect: Connect, neighbour: object
     guest.receive.desc["addr"] = BUFFERS
     guest.receive.desc["len"] = 1
     guest.receive.desc["flags"] = WRITE
-    guest.receive.avail[2:-1] = range(32768)
-    guest.receive.avail[1] = 32768
+    guest.receive.offer(*range(32768))
     send(guest, bytes(12), bytes(65535))
     wait_until("it is dropped", lambda: guest.host.queue("receiveq0")["dropped"].get("too_long"))
     assert guest.receive.used_idx == 0
@@ -220,6 +226,7 @@ def test_sixty_thousand_buffers_for_a_packet(connect: Connect, neighbour: object
     guest.well()
 
 
+@every_layout
 @pytest.mark.checklist(34)
 def test_packet_larger_than_its_chain(guest: Guest) -> None:
     """Line 34: without MRG_RXBUF a packet has one chain; a longer one is dropped, the chain stays available."""
@@ -398,6 +405,7 @@ def test_offloads_that_were_not_negotiated(connect: Connect, features: int) -> N
 # -- line 48 --
 
 
+@every_layout
 @pytest.mark.checklist(48)
 @pytest.mark.parametrize("mergeable", [False, True])
 def test_nothing_behind_the_packet_is_written(connect: Connect, mergeable: bool) -> None:
@@ -414,6 +422,7 @@ def test_nothing_behind_the_packet_is_written(connect: Connect, mergeable: bool)
         assert bytes(guest.bytes_at(place, 2000)) == bytes(10) + b"\1\0" + b"\x55" * size + b"\xee" * (2000 - 12 - size)
 
 
+@every_layout
 @pytest.mark.checklist(48)
 def test_buffers_of_a_failed_packet_disclose_nothing(guest: Guest) -> None:
     """Line 48: what was begun and given up was only the packet's own bytes, and its chain is not used."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import pytest
@@ -9,16 +11,19 @@ from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from hostile.conftest import Connect
-from hostile.guest import C_BYTES, GAP, PAGE, PLAIN, A, B, C, Guest, table
+from hostile.guest import C_BYTES, GAP, PAGE, PLAIN, A, B, C, Guest
 from hostile.process import Host, Neighbour, wait_until
+from hostile.rings import LAYOUTS
 from hostile.walker import INDIRECT, NEXT, WRITE, BrokenError, Descriptor, Received, receive, send
 from vq import virtio as v
 
 NUM = 16
+PACKED_NUM = NUM * NUM  # room for NUM chains that take all descriptors each
 SENTINEL = NUM - 1  # a descriptor with an honest packet, offered last: when it is through, all before it are
 AREA = A + 0x200000  # a page of zeroes, where headers may begin; then pages of a pattern; then tables
 ZEROES, PATTERN, TABLES, HONEST = AREA, AREA + PAGE, AREA + 0x10000, AREA + 0x20000
 MRG = PLAIN | v.mask(v.VIRTIO_NET_F_MRG_RXBUF)
+EVENT = PLAIN | v.mask(v.VIRTIO_F_EVENT_IDX)
 SETTINGS = settings(
     max_examples=150, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -79,6 +84,7 @@ class Bench:
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
+        self.packed = guest.transmitq.layout == "packed"
         guest.write(PATTERN, bytes((at * 37 + 11) & 255 for at in range(0xF000)))
         guest.write(B, bytes((at * 41 + 7) & 255 for at in range(PAGE)))
         guest.write(HONEST, bytes(12) + b"the honest packet " * 4)
@@ -89,12 +95,20 @@ class Bench:
             self.guest.restart(index)
             self.guest.errors(index)
 
+    def fit(self, ring: list[Descriptor], heads: list[int]) -> tuple[list[Descriptor], list[int]]:
+        """What can be said in this layout: in a packed ring neighbours make a chain, and its end is in the ring."""
+        if not self.packed:
+            return ring, heads
+        rows = [(addr, length, flags, n + 1) for n, (addr, length, flags, _) in enumerate(ring)]
+        rows[-1] = (*rows[-1][:2], rows[-1][2] & ~NEXT, 0)
+        return rows, [head % len(rows) for head in heads]
+
     def lay(self, ring: list[Descriptor], placed: list[tuple[int, list[Descriptor]]], raw: Any) -> None:
         """Write descriptors and tables."""
         for index, row in enumerate(ring):
             raw.put(index, *row)
         for addr, entries in placed:
-            data = table(entries)
+            data = self.guest.table(entries)
             if addr < B < addr + len(data):
                 self.guest.write(addr, data[: B - addr])
                 self.guest.write(B, data[B - addr :])
@@ -121,9 +135,15 @@ class Bench:
         return self.guest.host.queue(self.guest.name(index))["broken"]
 
 
-@pytest.fixture(params=[PLAIN, 0, PLAIN | v.mask(v.VIRTIO_F_EVENT_IDX)], ids=["1.0", "legacy", "event index"])
+def features_of(names: str) -> int:
+    """The features that these words stand for."""
+    words = {"1.0": PLAIN, "legacy": 0, "mergeable": MRG, "packed": PLAIN | LAYOUTS["packed"], "event": EVENT}
+    return functools.reduce(operator.or_, (words[name] for name in names.split()))
+
+
+@pytest.fixture(params=["1.0", "legacy", "event", "packed", "packed event"])
 def bench(request: pytest.FixtureRequest, connect: Connect) -> Bench:
-    return Bench(connect(request.param, num=NUM))
+    return Bench(connect(features_of(request.param), num=PACKED_NUM if "packed" in request.param else NUM))
 
 
 HONEST_PAYLOAD = b"the honest packet " * 4
@@ -144,6 +164,7 @@ HONEST_PAYLOAD = b"the honest packet " * 4
 def test_sent(bench: Bench, made: tuple[list[Descriptor], list[tuple[int, list[Descriptor]]], list[int]]) -> None:
     """Lines 26 to 29, 32, 33: the same packets with the same bytes, or the ring broken for the same cause."""
     ring, placed, heads = made
+    ring, heads = bench.fit(ring, heads)
     guest = bench.guest
     bench.clear()
     bench.lay(ring, placed, guest.transmit)
@@ -156,7 +177,7 @@ def test_sent(bench: Bench, made: tuple[list[Descriptor], list[tuple[int, list[D
     served = 0
     for head in [*heads, SENTINEL]:
         try:
-            outcome = send(whole, bench.byte, head, header)
+            outcome = send(whole, bench.byte, head, header, bench.packed)
         except BrokenError as broken:
             cause = str(broken)
             break
@@ -199,9 +220,9 @@ def test_sent(bench: Bench, made: tuple[list[Descriptor], list[tuple[int, list[D
     } == drops
 
 
-@pytest.fixture(params=[MRG, PLAIN, 0], ids=["mergeable", "1.0", "legacy"])
+@pytest.fixture(params=["mergeable", "1.0", "legacy", "packed mergeable", "packed"])
 def receiver(request: pytest.FixtureRequest, connect: Connect) -> Bench:
-    return Bench(connect(request.param, num=NUM))
+    return Bench(connect(features_of(request.param), num=PACKED_NUM if "packed" in request.param else NUM))
 
 
 # Here nothing may overlap: which of two writes to a byte wins is nobody's affair.
@@ -239,8 +260,12 @@ def test_received(receiver: Bench, made: list[Any], order: list[int], count: int
                 after,
             )
         )
-    heads = order[:count]
+    ring, heads = receiver.fit(ring, order[:count])
     receiver.lay(ring, [], guest.receive)
+    slots = [1] * len(heads)
+    if receiver.packed:
+        slots = [next(n for n in range(head, NUM) if not ring[n][2] & NEXT) - head + 1 for head in heads]
+    full = guest.receive.num - sum(slots) < slots[-1]
     packet = bytes((at * 29 + 5) & 255 for at in range(size))
     header = guest.header_bytes
     guest.write(HONEST + PAGE, bytes(header) + packet)
@@ -250,7 +275,7 @@ def test_received(receiver: Bench, made: list[Any], order: list[int], count: int
     cause = None
     outcome: Received | str = ""
     try:
-        outcome = receive(ring, receiver.byte, heads, packet, header, mergeable)
+        outcome = receive(ring, receiver.byte, heads, packet, header, mergeable, receiver.packed, full)
     except BrokenError as broken:
         cause = str(broken)
     event(cause or (outcome if isinstance(outcome, str) else f"{len(outcome.used)} buffers"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from hostile.conftest import Connect
+from hostile.conftest import Connect, every_layout
 from hostile.guest import (
     A_BYTES,
     B_BYTES,
@@ -22,7 +22,6 @@ from hostile.guest import (
     B,
     C,
     Guest,
-    table,
 )  # fmt: skip
 from hostile.process import wait_until
 from vq import virtio as v
@@ -161,10 +160,13 @@ def test_head_outside_the_table_of_the_receiveq(guest: Guest, head: int) -> None
     guest.works()
 
 
+@every_layout
 @pytest.mark.checklist(26)
 @pytest.mark.parametrize("base", [1, 15, 16, 32767, 65520, 65535])
 def test_positions_wrap(guest: Guest, base: int) -> None:
-    """Line 26: positions run through 2^16 without harm."""
+    """Line 26: positions run through 2^16 (packed: through slots and wrap counters) without harm."""
+    if guest.transmitq.layout == "packed":
+        base = base & 0x8000 | base % NUM
     for index in (0, 1):
         guest.restart(index, base)
     for number in range(40):
@@ -206,6 +208,7 @@ def test_loop(guest: Guest, cycle: Sequence[int], length: int) -> None:
     fails(guest, LOOP)
 
 
+@every_layout
 @pytest.mark.checklist(27)
 def test_longest_chain(guest: Guest) -> None:
     """Line 27: exactly as many descriptors as the table has are legal."""
@@ -222,6 +225,7 @@ def test_one_descriptor_too_many(guest: Guest) -> None:
     fails(guest, LOOP)
 
 
+@every_layout
 @pytest.mark.checklist(27, 29)
 @pytest.mark.parametrize(
     ("lengths", "cause"),
@@ -237,6 +241,7 @@ def test_lengths_that_memory_does_not_have(guest: Guest, lengths: list[int], cau
     fails(guest, cause)
 
 
+@every_layout
 @pytest.mark.checklist(27)
 @pytest.mark.parametrize("direct", [True, False])
 def test_sum_of_lengths(guest: Guest, direct: bool) -> None:
@@ -245,11 +250,12 @@ def test_sum_of_lengths(guest: Guest, direct: bool) -> None:
     if direct:
         guest.transmit.chain(*parts)
     else:
-        guest.write(TABLE, table([(BUFFERS, 0x80000000, WRITE | NEXT, 1), (BUFFERS, 0x80000000, WRITE, 0)]))
+        guest.write(TABLE, guest.table([(BUFFERS, 0x80000000, WRITE | NEXT, 1), (BUFFERS, 0x80000000, WRITE, 0)]))
         guest.transmit.put(0, TABLE, 32, INDIRECT)
     fails(guest, LENGTH)
 
 
+@every_layout
 @pytest.mark.checklist(27, 29)
 def test_empty_descriptors(guest: Guest) -> None:
     """Lines 27, 29: descriptors of length 0 are passed over, wherever they point."""
@@ -261,6 +267,7 @@ def test_empty_descriptors(guest: Guest) -> None:
 # -- line 28: indirect tables --
 
 
+@every_layout
 @pytest.mark.checklist(28)
 @pytest.mark.parametrize("length", [0, 1, 8, 15, 17, 24, 31, 0xFFFFFFF0, 0xFFFFFFFF, 1025 * 16])
 def test_length_of_an_indirect_table(guest: Guest, length: int) -> None:
@@ -269,6 +276,7 @@ def test_length_of_an_indirect_table(guest: Guest, length: int) -> None:
     fails(guest, BAD_INDIRECT)
 
 
+@every_layout
 @pytest.mark.checklist(28)
 def test_longest_indirect_table(guest: Guest) -> None:
     """Line 28: 1024 entries on a ring of 16 are accepted, as Linux makes them; segments are bounded by the burst."""
@@ -278,24 +286,26 @@ def test_longest_indirect_table(guest: Guest) -> None:
         (BUFFERS + 12 + number, 1, NEXT if number < 1022 else 0, number + 2 if number < 1022 else 0)
         for number in range(1023)
     ]
-    guest.write(TABLE, table(rows))
+    guest.write(TABLE, guest.table(rows))
     guest.transmit.put(0, TABLE, 16 * len(rows), INDIRECT)
     passes(guest, data)
 
 
+@every_layout
 @pytest.mark.checklist(28)
 def test_nested_indirect_table(guest: Guest) -> None:
     """Line 28: a table inside a table."""
-    guest.write(TABLE, table([(TABLE + PAGE, 16, INDIRECT, 0)]))
-    guest.write(TABLE + PAGE, table([(BUFFERS, 80, 0, 0)]))
+    guest.write(TABLE, guest.table([(TABLE + PAGE, 16, INDIRECT, 0)]))
+    guest.write(TABLE + PAGE, guest.table([(BUFFERS, 80, 0, 0)]))
     guest.transmit.put(0, TABLE, 16, INDIRECT)
     fails(guest, BAD_INDIRECT)
 
 
+@every_layout
 @pytest.mark.checklist(28)
 def test_indirect_and_next(guest: Guest) -> None:
     """Line 28: a table in the middle of a chain."""
-    guest.write(TABLE, table([(BUFFERS, 80, 0, 0)]))
+    guest.write(TABLE, guest.table([(BUFFERS, 80, 0, 0)]))
     guest.transmit.put(0, TABLE, 16, INDIRECT | NEXT, 1)
     guest.transmit.put(1, BUFFERS, 80)
     fails(guest, BAD_INDIRECT)
@@ -305,18 +315,19 @@ def test_indirect_and_next(guest: Guest) -> None:
 def test_indirect_table_behind_direct_descriptors(guest: Guest) -> None:
     """Line 28: a table as the last descriptor of a chain is legal."""
     data = packet_at(guest, BUFFERS, 100)
-    guest.write(TABLE, table([(BUFFERS + 12, 88, 0, 0)]))
+    guest.write(TABLE, guest.table([(BUFFERS + 12, 88, 0, 0)]))
     guest.transmit.put(0, BUFFERS, 12, NEXT, 1)
     guest.transmit.put(1, TABLE, 16, INDIRECT)
     passes(guest, data)
 
 
+@every_layout
 @pytest.mark.checklist(28)
 @pytest.mark.parametrize("at", [B - 1, B - 8, B - 15, B - 16, B - 24, B - 32])
 def test_indirect_table_across_two_regions(guest: Guest, at: int) -> None:
     """Line 28 (CVE-2018-1059): neighbours in guest addresses lie apart here; an entry may lie in both."""
     data = packet_at(guest, BUFFERS, 100)
-    rows = table([(BUFFERS, 12, NEXT, 1), (BUFFERS + 12, 88, 0, 0)])
+    rows = guest.table([(BUFFERS, 12, NEXT, 1), (BUFFERS + 12, 88, 0, 0)])
     split = B - at
     guest.write(at, rows[:split])
     if rows[split:]:
@@ -325,13 +336,14 @@ def test_indirect_table_across_two_regions(guest: Guest, at: int) -> None:
     passes(guest, data)
 
 
+@every_layout
 @pytest.mark.checklist(28)
 @pytest.mark.parametrize(
     "at", [GAP - 1, GAP - 8, GAP - 15, GAP - 16, GAP, C - 16, C + C_BYTES - 16, 0, END - 31, END - 15]
 )
 def test_indirect_table_half_outside(guest: Guest, at: int) -> None:
     """Line 28: two entries, of which the second (or a part of the first) is not in memory."""
-    rows = table([(BUFFERS, 12, NEXT, 1), (BUFFERS + 12, 88, 0, 0)])
+    rows = guest.table([(BUFFERS, 12, NEXT, 1), (BUFFERS + 12, 88, 0, 0)])
     for start, size in ((A, A_BYTES), (B, B_BYTES), (C, C_BYTES)):
         if start <= at < start + size:
             guest.write(at, rows[: start + size - at])
@@ -339,12 +351,13 @@ def test_indirect_table_half_outside(guest: Guest, at: int) -> None:
     fails(guest, ADDRESS)
 
 
+@every_layout
 @pytest.mark.checklist(28)
 @pytest.mark.parametrize("offset", [1, 3, 7, 8, 13])
 def test_indirect_table_of_any_alignment(guest: Guest, offset: int) -> None:
     """Line 28: tables need no alignment."""
     data = packet_at(guest, BUFFERS, 100)
-    guest.write(TABLE + offset, table([(BUFFERS, 12, NEXT, 1), (BUFFERS + 12, 88, 0, 0)]))
+    guest.write(TABLE + offset, guest.table([(BUFFERS, 12, NEXT, 1), (BUFFERS + 12, 88, 0, 0)]))
     guest.transmit.put(0, TABLE + offset, 32, INDIRECT)
     passes(guest, data)
 
@@ -370,24 +383,35 @@ def test_indirect_table_inside_the_ring(guest: Guest) -> None:
         ([(BUFFERS, 12, NEXT, 0xFFFF), (BUFFERS, 8, 0, 0)], NEXT_OUTSIDE),
         ([(BUFFERS, 12, NEXT, 0), (BUFFERS, 8, 0, 0)], LOOP),
         ([(BUFFERS, 12, NEXT, 1), (BUFFERS, 8, NEXT, 0)], LOOP),
-        ([(GAP, 12, NEXT, 1), (BUFFERS, 8, 0, 0)], ADDRESS),
-        ([(BUFFERS, 12, WRITE | NEXT, 1), (BUFFERS, 8, 0, 0)], ORDER),
     ],
 )
-def test_entries_of_an_indirect_table(guest: Guest, rows: list[tuple[int, int, int, int]], cause: str) -> None:
-    """Line 28: inside a table the same rules hold as in the ring."""
-    guest.write(TABLE, table(rows))
+def test_order_of_an_indirect_table(guest: Guest, rows: list[tuple[int, int, int, int]], cause: str) -> None:
+    """Line 28: `next` inside a table follows the same rules as in the ring. Packed tables are used from end to end."""
+    guest.write(TABLE, guest.table(rows))
     guest.transmit.put(0, TABLE, 16 * len(rows), INDIRECT)
     fails(guest, cause)
 
 
+@every_layout
+@pytest.mark.checklist(28)
+@pytest.mark.parametrize(
+    ("first", "cause"), [((GAP, 12, NEXT, 1), ADDRESS), ((BUFFERS, 12, WRITE | NEXT, 1), ORDER)], ids=["gap", "order"]
+)
+def test_entries_of_an_indirect_table(guest: Guest, first: tuple[int, int, int, int], cause: str) -> None:
+    """Line 28: inside a table the same rules hold as in the ring."""
+    guest.write(TABLE, guest.table([first, (BUFFERS, 8, 0, 0)]))
+    guest.transmit.put(0, TABLE, 32, INDIRECT)
+    fails(guest, cause)
+
+
+@every_layout
 @pytest.mark.checklist(28)
 def test_indirect_without_negotiation(connect: Connect) -> None:
     """Line 28: accepted (section 8.2: Windows has sent it so), with every check in force."""
     guest = connect(v.mask(v.VIRTIO_F_VERSION_1))
     assert not v.has(guest.frontend.features, v.VIRTIO_F_INDIRECT_DESC)
     data = packet_at(guest, BUFFERS, 100)
-    guest.write(TABLE, table([(BUFFERS, 12, NEXT, 1), (BUFFERS + 12, 88, 0, 0)]))
+    guest.write(TABLE, guest.table([(BUFFERS, 12, NEXT, 1), (BUFFERS + 12, 88, 0, 0)]))
     guest.transmit.put(0, TABLE, 32, INDIRECT)
     passes(guest, data)
     guest.transmit.put(0, TABLE, 33, INDIRECT)
@@ -418,6 +442,7 @@ OUTSIDE = [
 ]
 
 
+@every_layout
 @pytest.mark.checklist(29)
 @pytest.mark.parametrize(("addr", "length"), OUTSIDE)
 @pytest.mark.parametrize("way", ["straight", "chain", "indirect"])
@@ -428,12 +453,13 @@ def test_address_outside(guest: Guest, addr: int, length: int, way: str) -> None
     elif way == "chain":
         guest.transmit.chain((BUFFERS, 12, 0), (addr, length, 0))
     else:
-        guest.write(TABLE, table([(BUFFERS, 12, NEXT, 1), (addr, length, 0, 0)]))
+        guest.write(TABLE, guest.table([(BUFFERS, 12, NEXT, 1), (addr, length, 0, 0)]))
         guest.transmit.put(0, TABLE, 32, INDIRECT)
     # With the bytes before it, the longest descriptor makes a chain that is too long anyway.
     fails(guest, ADDRESS if way == "straight" or length < 0xFFFFFFFF else LENGTH)
 
 
+@every_layout
 @pytest.mark.checklist(29)
 @pytest.mark.parametrize(("addr", "length"), [where for where in OUTSIDE if where[1] < 0xFFFFFFFF])
 @pytest.mark.parametrize("way", ["straight", "chain", "indirect", "split header"])
@@ -446,7 +472,7 @@ def test_address_outside_of_the_receiveq(guest: Guest, addr: int, length: int, w
     elif way == "chain":
         guest.receive.chain((BUFFERS + PAGE, 12, WRITE), (addr, max(length, 200), WRITE))
     elif way == "indirect":
-        guest.write(TABLE, table([(BUFFERS + PAGE, 12, WRITE | NEXT, 1), (addr, max(length, 200), WRITE, 0)]))
+        guest.write(TABLE, guest.table([(BUFFERS + PAGE, 12, WRITE | NEXT, 1), (addr, max(length, 200), WRITE, 0)]))
         guest.receive.put(0, TABLE, 32, INDIRECT)
     else:
         guest.receive.chain((BUFFERS + PAGE, 11, WRITE), (addr, max(length, 201), WRITE))
@@ -457,6 +483,7 @@ def test_address_outside_of_the_receiveq(guest: Guest, addr: int, length: int, w
     guest.works()
 
 
+@every_layout
 @pytest.mark.checklist(29, 48)
 @pytest.mark.parametrize("length", [GAP - BUFFERS + 1, 0xFFFFFFFF])
 def test_only_what_is_written_needs_memory(guest: Guest, length: int) -> None:
@@ -472,6 +499,7 @@ def test_only_what_is_written_needs_memory(guest: Guest, length: int) -> None:
     guest.well()
 
 
+@every_layout
 @pytest.mark.checklist(29)
 @pytest.mark.parametrize("at", [A, B - 100, B, GAP - 100, C, C + C_BYTES - 100])
 def test_first_and_last_byte_of_a_region(guest: Guest, at: int) -> None:
@@ -486,6 +514,7 @@ def test_first_and_last_byte_of_a_region(guest: Guest, at: int) -> None:
     passes(guest, data)
 
 
+@every_layout
 @pytest.mark.checklist(29)
 @pytest.mark.parametrize("before", [1, 5, 11, 12, 13, 60, 99])
 @pytest.mark.parametrize("joined", [False, True])
@@ -518,6 +547,7 @@ def test_packet_across_two_regions(guest: Guest, before: int, joined: bool) -> N
     guest.well()
 
 
+@every_layout
 @pytest.mark.checklist(29)
 @pytest.mark.parametrize("length", [65553 + 12, 65553 + 13, 1 << 20])
 def test_longest_packet(connect: Connect, length: int) -> None:
@@ -582,7 +612,7 @@ def test_used_ring_inside_an_indirect_table(guest: Guest) -> None:
     packet_at(guest, BUFFERS, 100)
     guest.transmit.put(0, used + 4, 16 * len(rows), INDIRECT)
     for _ in range(50):
-        guest.write(used + 4, table(rows))
+        guest.write(used + 4, guest.table(rows))
         transmit(guest, 0)
     guest.frontend.barrier()
     guest.works()
@@ -591,6 +621,7 @@ def test_used_ring_inside_an_indirect_table(guest: Guest) -> None:
 # -- line 32: directions --
 
 
+@every_layout
 @pytest.mark.checklist(32)
 @pytest.mark.parametrize("direct", [True, False])
 def test_readable_after_writable(guest: Guest, direct: bool) -> None:
@@ -598,12 +629,13 @@ def test_readable_after_writable(guest: Guest, direct: bool) -> None:
     if direct:
         guest.transmit.chain((BUFFERS, 50, 0), (BUFFERS, 50, WRITE), (BUFFERS, 50, 0))
     else:
-        guest.write(TABLE, table([(BUFFERS, 50, 0, 0), (BUFFERS, 50, NEXT | WRITE, 2), (BUFFERS, 50, 0, 0)]))
-        guest.write(TABLE, table([(BUFFERS, 50, NEXT, 1)]))
+        guest.write(TABLE, guest.table([(BUFFERS, 50, 0, 0), (BUFFERS, 50, NEXT | WRITE, 2), (BUFFERS, 50, 0, 0)]))
+        guest.write(TABLE, guest.table([(BUFFERS, 50, NEXT, 1)]))
         guest.transmit.put(0, TABLE, 48, INDIRECT)
     fails(guest, ORDER)
 
 
+@every_layout
 @pytest.mark.checklist(32)
 def test_readable_after_writable_on_the_receiveq(guest: Guest) -> None:
     """Line 32: the same where the device writes."""
@@ -616,6 +648,7 @@ def test_readable_after_writable_on_the_receiveq(guest: Guest) -> None:
     guest.works()
 
 
+@every_layout
 @pytest.mark.checklist(32)
 @pytest.mark.parametrize(
     "parts",
@@ -637,6 +670,7 @@ def test_nothing_to_send(guest: Guest, parts: list[tuple[int, int, int]]) -> Non
     assert guest.host.queue("transmitq0")["dropped"]["too_short"] > 0
 
 
+@every_layout
 @pytest.mark.checklist(32)
 def test_writable_behind_a_packet(guest: Guest) -> None:
     """Line 32: what is writable in a transmitq is not written, and its address not looked at."""
@@ -645,6 +679,7 @@ def test_writable_behind_a_packet(guest: Guest) -> None:
     assert guest.transmit.element(0) == (0, 0)
 
 
+@every_layout
 @pytest.mark.checklist(32)
 @pytest.mark.parametrize(
     "parts",
@@ -661,6 +696,7 @@ def test_nothing_to_write_to(guest: Guest, parts: list[tuple[int, int, int]]) ->
     guest.works()
 
 
+@every_layout
 @pytest.mark.checklist(32)
 def test_readable_in_front_of_a_receive_buffer(guest: Guest) -> None:
     """Line 32: what is readable in a receiveq is neither read nor written."""

@@ -29,18 +29,21 @@ class Part:
     writable: bool
 
 
-def read_table(byte: Byte, addr: int, index: int) -> Descriptor:
-    """Read one entry of an indirect table."""
+def read_table(byte: Byte, addr: int, index: int, packed: bool) -> Descriptor:
+    """Read one entry of an indirect table; one of a packed table has a buffer id in front of its flags."""
     raw = [byte(addr + 16 * index + at) for at in range(16)]
     if None in raw:
         raise BrokenError("address outside the guest's memory")
     data = bytes(raw)  # type: ignore[arg-type]
     words = [int.from_bytes(data[a:b], "little") for a, b in ((0, 8), (8, 12), (12, 14), (14, 16))]
-    return words[0], words[1], words[2], words[3]
+    return words[0], words[1], words[3 if packed else 2], words[2 if packed else 3]
 
 
-def walk(ring: Sequence[Descriptor], byte: Byte, head: int) -> Iterator[Part]:
-    """Go along a chain, a descriptor at a time, and raise where it breaks."""
+def walk(ring: Sequence[Descriptor], byte: Byte, head: int, packed: bool = False) -> Iterator[Part]:
+    """Go along a chain, a descriptor at a time, and raise where it breaks.
+
+    A packed chain is given as a split one whose descriptors name their neighbours.
+    """
     num = len(ring)
     if head >= num:
         raise BrokenError("head outside queue_size")
@@ -51,9 +54,13 @@ def walk(ring: Sequence[Descriptor], byte: Byte, head: int) -> Iterator[Part]:
         if left == 0:
             raise BrokenError("more descriptors than a chain may have")
         left -= 1
-        addr, length, flags, after = ring[index] if table_addr is None else read_table(byte, table_addr, index)
+        addr, length, flags, after = ring[index] if table_addr is None else read_table(byte, table_addr, index, packed)
+        if table_addr is not None and packed:  # from end to end, whatever NEXT says
+            flags, after = flags & ~NEXT | (NEXT if index + 1 < size else 0), index + 1
         if flags & INDIRECT:
             entries, rest = divmod(length, 16)
+            if packed and index != head:
+                raise BrokenError("malformed indirect descriptor")
             if table_addr is not None or flags & NEXT or length == 0 or rest or entries > max(TABLE_LIMIT, num):
                 raise BrokenError("malformed indirect descriptor")
             if addr + length >= 1 << 64:
@@ -84,11 +91,11 @@ def present(byte: Byte, addr: int, length: int) -> bool:
     return all(byte(spot) is not None for spot in spots)
 
 
-def send(ring: Sequence[Descriptor], byte: Byte, head: int, header_bytes: int) -> bytes | str:
+def send(ring: Sequence[Descriptor], byte: Byte, head: int, header_bytes: int, packed: bool = False) -> bytes | str:
     """What becomes of a chain on a transmitq: the packet, or why it is dropped. No offload was negotiated."""
     data = bytearray()
     length = 0
-    for part in walk(ring, byte, head):
+    for part in walk(ring, byte, head, packed):
         if part.writable:
             continue
         if not present(byte, part.addr, part.length):
@@ -117,9 +124,19 @@ class Received:
 
 
 def receive(
-    ring: Sequence[Descriptor], byte: Byte, heads: Sequence[int], packet: bytes, header_bytes: int, mergeable: bool
+    ring: Sequence[Descriptor],
+    byte: Byte,
+    heads: Sequence[int],
+    packet: bytes,
+    header_bytes: int,
+    mergeable: bool,
+    packed: bool = False,
+    full: bool = False,
 ) -> Received | str:
-    """Place a packet behind a header of zeroes into the chains at `heads`: as few as it takes, or why it is dropped."""
+    """Place a packet behind a header of zeroes into the chains at `heads`: as few as it takes, or why it is dropped.
+
+    `full`: no other chain could be waiting behind these.
+    """
     data = bytes(header_bytes) + packet
     places: list[int] = []
     used: list[tuple[int, int]] = []
@@ -128,14 +145,16 @@ def receive(
             return "too_long"
         writable = False
         before = len(places)
-        for part in walk(ring, byte, head):
+        for part in walk(ring, byte, head, packed):
+            if len(places) == len(data):  # packed: the rest is walked all the same, as the end of a chain has its id
+                continue
             if part.writable:
                 writable = True
                 need = min(part.length, len(data) - len(places))
                 if part.addr + part.length > 1 << 64 or not present(byte, part.addr, need):
                     raise BrokenError("address outside the guest's memory")
                 places += range(part.addr, part.addr + need)
-            if len(places) == len(data):
+            if len(places) == len(data) and not packed:
                 break
         if not writable:
             raise BrokenError("descriptor chain without a buffer in the direction of the queue")
@@ -145,7 +164,7 @@ def receive(
     else:
         if used and not mergeable:
             return "too_long"
-        return "too_long" if len(heads) == len(ring) else "no_descriptors"
+        return "too_long" if full else "no_descriptors"
     if header_bytes == 12:
         data = data[:10] + len(used).to_bytes(2, "little") + data[12:]
     return Received(used, dict(zip(places, data, strict=True)))
