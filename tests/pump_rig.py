@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 from vq import virtio as v
 from vq.frontend import Frontend, RingSetup
 from vq.payload import Region
@@ -23,6 +25,8 @@ from waiting import wait_for
 
 PLAIN = v.mask(v.VIRTIO_F_VERSION_1)
 USUAL = v.mask(v.VIRTIO_F_VERSION_1, v.VIRTIO_F_EVENT_IDX)
+PACKED = v.mask(v.VIRTIO_F_RING_PACKED)
+every_layout = pytest.mark.parametrize("layout", [0, PACKED], ids=["split", "packed"])
 PROTOCOL = v.mask(
     v.VHOST_USER_PROTOCOL_F_MQ,
     v.VHOST_USER_PROTOCOL_F_LOG_SHMFD,
@@ -83,6 +87,7 @@ class Guest:
         self.frontend = Frontend.listen(path, timeout=20) if listen else Frontend.connect(path, timeout=20)
         self.features = self.frontend.negotiate(features, PROTOCOL)
         self.frontend.set_features(self.features)
+        self.heir = heir_of is not None
         if heir_of is not None:
             self.memory, self.receiveqs, self.transmitqs = heir_of.memory, heir_of.receiveqs, heir_of.transmitqs
         else:
@@ -103,13 +108,14 @@ class Guest:
         return (self.transmitqs if index & 1 else self.receiveqs)[index // 2]
 
     def ring(self, index: int, *, logged: bool = False) -> RingSetup:
-        """What is said about a ring; it goes on at the used index."""
+        """What is said about a ring: it goes on at the used index, or, packed, as QEMU says it after a crash."""
         driver = self.queue(index)
+        base = 0x8000 if self.heir and driver.layout == "packed" else driver.used_idx
         return RingSetup(
             index,
             driver.size,
             *driver.addresses,
-            driver.used_idx,
+            base,
             driver.kick_fd,
             driver.call_fd,
             None,
@@ -124,8 +130,11 @@ class Guest:
             self.frontend.start_ring(self.ring(index), enable=False)
 
     def stop(self, pair: int = 0) -> list[int]:
-        """Stop both rings of a pair; the bases."""
-        return [self.frontend.stop_ring(index) for index in (2 * pair, 2 * pair + 1)]
+        """Stop both rings of a pair; the bases, of which a packed ring has two that are the same."""
+        bases = [self.frontend.stop_ring(index) for index in (2 * pair, 2 * pair + 1)]
+        if v.has(self.features, v.VIRTIO_F_RING_PACKED):
+            assert [base >> 16 for base in bases] == [base & 0xFFFF for base in bases]
+        return [base & 0xFFFF for base in bases]
 
     def enable(self, pair: int, enabled: bool) -> None:
         """Enable or disable a pair."""

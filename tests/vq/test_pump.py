@@ -16,6 +16,7 @@ from scapy.layers.l2 import Ether
 
 from pump_rig import (
     CLEAN,
+    PACKED,
     PLAIN,
     USUAL,
     Background,
@@ -45,6 +46,7 @@ KINDS = {
     "in-order": PLAIN | F(v.VIRTIO_F_IN_ORDER),
     "indirect": USUAL | F(v.VIRTIO_F_INDIRECT_DESC),
 }
+KINDS |= {f"packed-{kind}": KINDS[kind] | PACKED for kind in ("plain", "mrg", "in-order", "indirect")}
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def paths(tmp_path: Path) -> list[str]:
 def test_echo(paths: list[str], kind: str) -> None:
     sizes = (64, 1514, 100, 9000)
     options = (
-        {"receive_bytes": 1000} if "mrg" in kind else {"descriptors": 4, "indirect": True} if kind == "indirect" else {}
+        {"receive_bytes": 1000} if "mrg" in kind else {"descriptors": 4, "indirect": True} if "indirect" in kind else {}
     )
     with (
         pumping(f"vhost:{paths[0]}") as pump,

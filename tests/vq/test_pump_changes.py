@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from pump_rig import (
+    PACKED,
     PLAIN,
     USUAL,
     Background,
     Guest,
+    every_layout,
     faults,
     mapped,
     pump_process,
@@ -34,8 +36,9 @@ def paths(tmp_path: Path) -> list[str]:
 # ---- changes while traffic runs ----
 
 
-def test_memory_changes_while_traffic_runs(paths: list[str]) -> None:
-    with pumping(f"vhost:{paths[0]}"), Guest(paths[0]) as guest:
+@every_layout
+def test_memory_changes_while_traffic_runs(paths: list[str], layout: int) -> None:
+    with pumping(f"vhost:{paths[0]}"), Guest(paths[0], USUAL | layout) as guest:
         background = Background(guest.streams())
         own = mapped()
         extra = guest.memory.add_region(1 << 20)
@@ -58,9 +61,10 @@ def test_memory_changes_while_traffic_runs(paths: list[str]) -> None:
         background.finish()
 
 
-def test_logging_while_traffic_runs(paths: list[str]) -> None:
+@every_layout
+def test_logging_while_traffic_runs(paths: list[str], layout: int) -> None:
     """What changed while the log was on is marked, nothing else is, and nothing after it was switched off."""
-    features = USUAL | F(v.VHOST_F_LOG_ALL)
+    features = USUAL | F(v.VHOST_F_LOG_ALL) | layout
     log = os.memfd_create("log", os.MFD_CLOEXEC)
     size = (0x40_0000 + (4 << 20)) // 4096 // 8
     os.ftruncate(log, size)
@@ -80,11 +84,10 @@ def test_logging_while_traffic_runs(paths: list[str]) -> None:
             # The device alone writes to receive buffers and used rings: all that lies behind the rings, less the
             # transmit buffers, which come first.
             block = 256 * (64 + 1514 + 63) // 64 * 64
-            used_pages = {
-                (queue.guest_addresses[2] + at) // 4096
-                for queue in (*guest.receiveqs, *guest.transmitqs)
-                for at in range(0, 4 + 8 * 256 + 2, 2)
-            }
+            part, used_bytes = (0, 16 * 256) if layout else (2, 4 + 8 * 256 + 2)
+            rings = [queue.guest_addresses for queue in (*guest.receiveqs, *guest.transmitqs)]
+            used_pages = {(ring[part] + at) // 4096 for ring in rings for at in range(0, used_bytes, 2)}
+            event_pages = {ring[2] // 4096 for ring in rings}
             guest.frontend.set_log_base(log, size)
             background.goes_on()
             assert pages() == set()
@@ -99,7 +102,7 @@ def test_logging_while_traffic_runs(paths: list[str]) -> None:
                 background.goes_on(600)
                 assert pages() == marked, "something was logged after the ack"
                 assert used_pages <= marked
-                buffers = marked - used_pages
+                buffers = marked - used_pages - event_pages
                 # 256 buffers of 1,526 bytes that lie together.
                 assert max(buffers) - min(buffers) + 1 == len(buffers)
                 assert abs(len(buffers) * 4096 - block) <= 256 * 64 + 2 * 4096
@@ -125,13 +128,14 @@ def test_call_descriptors_are_replaced_while_traffic_runs(paths: list[str]) -> N
         background.finish()
 
 
-def test_a_new_back_end_goes_on_where_the_old_one_stopped(paths: list[str]) -> None:
+@every_layout
+def test_a_new_back_end_goes_on_where_the_old_one_stopped(paths: list[str], layout: int) -> None:
     """A pump that is stopped between two packets loses none: what it had not taken waits for the next one."""
     guest, background = None, None
     for number in range(3):
         with pumping(f"vhost:{paths[0]}"):
             # The queues belong to the traffic engine: the heir only needs their addresses and used indices.
-            heir = Guest(paths[0], heir_of=guest)
+            heir = Guest(paths[0], USUAL | layout, heir_of=guest)
             if guest is not None:
                 guest.frontend.close()
             guest = heir
@@ -143,16 +147,20 @@ def test_a_new_back_end_goes_on_where_the_old_one_stopped(paths: list[str]) -> N
     guest.close()
 
 
-def test_a_new_back_end_goes_on_where_the_old_one_died(paths: list[str]) -> None:
-    """A killed pump has forgotten which packets it had in its hands: they may come twice, but none is lost."""
+@every_layout
+def test_a_new_back_end_goes_on_where_the_old_one_died(paths: list[str], layout: int) -> None:
+    """A killed pump has forgotten which packets it had in its hands: they may come twice, but none is lost.
+
+    In a packed ring the marks of its chains tell where it was.
+    """
     guest, background = None, None
     for number in range(3):
         with pump_process(f"vhost:{paths[0]}"):
-            heir = Guest(paths[0], heir_of=guest)
+            heir = Guest(paths[0], USUAL | layout, heir_of=guest)
             if guest is not None:
                 guest.frontend.close()
             guest = heir
-            background = background or Background(guest.streams(), patience=30)
+            background = background or Background(guest.streams(), patience=30, descriptors=3)
             background.goes_on(500)
             if number == 2:
                 background.traffic.stop()
@@ -183,7 +191,7 @@ def test_an_idle_pump_burns_nothing(paths: list[str]) -> None:
         assert guest.receive(1)[1] == b"and awake at once"
 
 
-@pytest.mark.parametrize("features", [PLAIN, USUAL])
+@pytest.mark.parametrize("features", [PLAIN, USUAL, PLAIN | PACKED, USUAL | PACKED])
 def test_no_wake_up_is_lost(paths: list[str], features: int) -> None:
     """10,000 packets one by one through a pump that goes to sleep between many of them."""
     dice = random.Random(7)
