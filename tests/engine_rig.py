@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory
 from vq_core.memory import MemoryMap
@@ -19,6 +21,8 @@ PAGE = 4096
 CANARY = 0xCC
 CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MRG_RXBUF = 1, 2, 1 << 7, 1 << 11, 1 << 15
 INDIRECT, EVENT_IDX, VERSION_1, RING_PACKED, IN_ORDER = 1 << 28, 1 << 29, 1 << 32, 1 << 34, 1 << 35
+PACKED = VERSION_1 | RING_PACKED
+every_layout = pytest.mark.parametrize("layout", [VERSION_1, PACKED], ids=["split", "packed"])
 
 
 _PATTERN = bytes(1 + (i * 11 + (i >> 7)) % 127 for i in range(4096 + 66000))
@@ -91,7 +95,8 @@ class Guest:
     size
         Entries of both rings.
     base
-        Position that both rings start at.
+        Position that both rings start at; None: their very beginning. Bits of a packed one that name no slot are left
+        out.
     memory
         Guest memory; by default a MiB of its own.
     mtu
@@ -103,7 +108,7 @@ class Guest:
         features: int = VERSION_1,
         *,
         size: int = 64,
-        base: int = 0,
+        base: int | None = None,
         memory: GuestMemory | None = None,
         mtu: int | None = None,
         name: str = "guest",
@@ -112,6 +117,8 @@ class Guest:
         self.features = features
         self.memory = memory if memory is not None else GuestMemory(1 << 20)
         self.map = MemoryMap(self.memory.regions)
+        if base is not None and features & RING_PACKED:
+            base = base & 0x8000 | (base & 0x7FFF) % size
         self.receiveq = DriverQueue(self.memory, size, features=features, base=base)
         self.transmitq = DriverQueue(self.memory, size, features=features, base=base)
         self.port = VhostPort(name, 1)
@@ -124,7 +131,9 @@ class Guest:
     def rings(self) -> list[tuple[Any, DriverQueue]]:
         return list(zip(self.port.queues, (self.receiveq, self.transmitq), strict=True))
 
-    def start(self, *, base: int = 0, enabled: bool = True, **options: Any) -> None:
+    def start(self, *, base: int | None = None, enabled: bool = True, **options: Any) -> None:
+        if base is None:
+            base = 0x8000 if self.features & RING_PACKED else 0
         for queue, driver in self.rings:
             queue.start(
                 self.map,
@@ -139,7 +148,11 @@ class Guest:
             )
 
     def stop(self) -> list[int]:
-        return [queue.stop() for queue, _ in self.rings]
+        """Stop both rings; their bases, of which a packed ring has two that are the same."""
+        bases = [queue.stop() for queue, _ in self.rings]
+        if self.features & RING_PACKED:
+            assert [base >> 16 for base in bases] == [base & 0xFFFF for base in bases]
+        return [base & 0xFFFF for base in bases]
 
     def send(self, data: bytes, header: bytes | None = None) -> Any:
         """Add one packet to the transmitq in a descriptor of its own; not published."""

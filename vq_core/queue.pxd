@@ -17,7 +17,8 @@ from vq_core.handover cimport Mailbox, mailbox_t
 from vq_core.memory cimport MemoryMap, memory_t, region_t
 from vq_core.notify cimport notify_signal
 from vq_core.packed cimport packed_t
-from vq_core.ring cimport ring_needs_call, ring_publish, ring_request_kick, ring_t, ring_undecided
+from vq_core.ring cimport (ring_needs_call, ring_publish, ring_request_kick, ring_suppress_kicks, ring_t,
+                           ring_undecided)
 from vq_core.split cimport split_t
 from vq_core.virtio cimport gpa_t, uva_t
 
@@ -89,6 +90,16 @@ cdef inline void queue_log_used(queue_t* queue, bint packed, uint16_t slot, uint
         slots -= part
         slot = 0
     dirty_mark(queue.log, queue.log_guest_addr, 4)
+
+cdef inline void queue_suppress_kicks(queue_t* queue, bint packed) noexcept nogil:
+    """Ask for no kicks, and log the store that says so.
+
+    In the split layout the flags share a page with the used index, which is logged with all that comes next.
+    """
+    cdef bint told = queue.ring.packed.suppressing
+    ring_suppress_kicks(&queue.ring, packed)
+    if packed and not told and queue.log != NULL and queue.log_ring:
+        dirty_mark(queue.log, queue.log_guest_addr, 4)
 
 cdef inline void queue_request_kick(queue_t* queue) noexcept nogil:
     """Ask for a kick, and log the store that says so: flags, avail_event or the device's event structure."""

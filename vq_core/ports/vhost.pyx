@@ -17,10 +17,11 @@ from vq_core.packed cimport PACKED_HOLD
 from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, PACKET_MAX, SEGMENTS_MAX, Port, burst_t, endpoint_t, packet_t)
 from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_ID,
                             BROKEN_LOOP, BROKEN_MEMORY_LOST, BROKEN_NOT, CHANGE_EPOLL, Queue, queue_apply, queue_break,
-                            queue_change_t, queue_flush, queue_publish, queue_request_kick, queue_t)
+                            queue_change_t, queue_flush, queue_publish, queue_request_kick, queue_suppress_kicks,
+                            queue_t)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_counts_slots, ring_has_more, ring_is_full, ring_known,
                            ring_look, ring_more, ring_next_used, ring_position, ring_prefetch, ring_ready,
-                           ring_shadow_used, ring_suppress_kicks, ring_t, ring_use)
+                           ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE,
                              gpa_t, has_feature, virtio_net_hdr_t, virtq_desc_t)
 
@@ -215,7 +216,7 @@ cdef inline int _pull_live(queue_t* queue, bint packed, uint32_t header_bytes, b
     if _lost(queue):
         queue_break(queue, BROKEN_MEMORY_LOST, 0)
         return 0
-    ring_suppress_kicks(ring, packed)
+    queue_suppress_kicks(queue, packed)
     ring_prefetch(ring, packed, &cursor, available)
     # First pass: heads and descriptors, each read once. The lines behind them are on their way meanwhile.
     while <int>cursor.taken < available:
@@ -526,7 +527,7 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
     if _lost(queue):
         queue_break(queue, BROKEN_MEMORY_LOST, 0)
         return _push_refused(queue, packets, count)
-    ring_suppress_kicks(ring, packed)
+    queue_suppress_kicks(queue, packed)
     ring_prefetch(ring, packed, &cursor, min(ready, count))
     frame_limit = pair.frame_limit
     while done < count:
