@@ -97,6 +97,15 @@ class Host(Station):
         )
         return Result(done.returncode, done.stdout)
 
+    def configure(self, number: int, interface: str | None = None) -> None:
+        """As every station; the address of the hardware stays the same when a new TAP takes the place of an old one.
+
+        Otherwise a guest would send to the old one until its neighbour entry expires, unless it has seen the link go.
+        """
+        self.interface = interface or self.interface
+        self.check(f"ip link set {self.interface} address 52:54:00:76:72:{number:02x}")
+        super().configure(number)
+
     def await_interface(self, name: str, timeout: float = 5) -> None:
         """Wait until a TAP appears in this namespace."""
         wait_until(f"interface {name}", lambda: self.run(f"ip link show {name}").code == 0, timeout)
