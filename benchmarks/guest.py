@@ -229,7 +229,8 @@ class Guest:
     def used(self) -> list[tuple[int, int]]:
         """What the driver is told of the last lap: (id, bytes written) of each buffer that came back."""
         if self.shape.packed:
-            ring = [struct.unpack("<QIHH", self.peek(GUEST_ADDR + 16 * slot, 16)) for slot in range(NUM)]
+            heads = range(0, self.shape.chains * self.shape.slots, self.shape.slots)  # a driver looks at no other slot
+            ring = [struct.unpack("<QIHH", self.peek(GUEST_ADDR + 16 * slot, 16)) for slot in heads]
             return [(id_, length) for _, length, id_, flags in ring if flags & 0x8080 in (0, 0x8080)]
         _flags, count = struct.unpack("<HH", self.peek(GUEST_ADDR + RINGS[2], 4))
         elements = [struct.unpack("<II", self.peek(GUEST_ADDR + RINGS[2] + 4 + 8 * slot, 8)) for slot in range(NUM)]
