@@ -38,6 +38,7 @@ cdef struct split_t:
     bint in_order                 # VIRTIO_F_IN_ORDER was negotiated: descriptors are used in the order of the table
     bint in_step                  # ... and next_head is known
     uint16_t next_head            # head of the next buffer to take
+    uint16_t bad_head             # for messages: the head that split_look refused last
     uint16_t* heads               # private, num of them: heads of what waits to be published as a batch; or NULL
 
 # ---- buffers to take ----
@@ -105,10 +106,13 @@ cdef inline int split_look(split_t* ring, cursor_t* cursor, virtq_desc_t* copy) 
 
     In step with the driver the available ring is not read: the head follows from the buffer before (2.7.9).
     """
+    cdef uint16_t head
     if not ring.in_step:
-        cursor.head = vq_load_u16(&ring.avail.ring[<uint16_t>(ring.last_avail_idx + cursor.taken) & ring.mask])
-        if cursor.head >= ring.num:
+        head = vq_load_u16(&ring.avail.ring[<uint16_t>(ring.last_avail_idx + cursor.taken) & ring.mask])
+        if head >= ring.num:
+            ring.bad_head = head
             return -1
+        cursor.head = head           # not before: callers may go on without this buffer, and commit the cursor
     vq_snapshot16(copy, &ring.desc[cursor.head])
     return 1
 
@@ -125,7 +129,7 @@ cdef inline void split_use(split_t* ring, cursor_t* cursor, uint16_t id, uint32_
 
 cdef inline void split_commit(split_t* ring, cursor_t* cursor) noexcept nogil:
     """What the cursor has passed is taken."""
-    ring.next_head = cursor.head
+    ring.next_head = cursor.head & ring.mask
     ring.in_step = ring.in_order and (ring.in_step or cursor.taken > 0)
     ring.last_avail_idx = <uint16_t>(ring.last_avail_idx + cursor.taken)
     ring.next_used = <uint16_t>(ring.next_used + cursor.taken)

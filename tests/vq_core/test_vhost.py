@@ -619,3 +619,41 @@ def test_in_order_heads_follow_from_the_buffers_before(harness: ModuleType, layo
         assert harness.move(source, 0, guest.port, 0) == (4, 4)
         assert [length for _, length in guest.receiveq.poll()] == [20] * 4
         assert [bytes(guest.memory.view(place.guest_addr + 12, 8)) for place in places[4:]] == expected
+
+
+@pytest.mark.parametrize("way", ["dropped for the MTU", "burst ended for fairness"])
+def test_in_order_a_head_that_was_refused_is_not_gone_on_from(harness: ModuleType, way: str) -> None:
+    """A look at a bad head that has no consequence for its packet leaves none behind for the next one either."""
+    size, long = (8192, 5000) if way == "burst ended for fairness" else (4, 1)
+    guest, source = Guest(VERSION_1 | IN_ORDER, size=size, mtu=100, memory=GuestMemory(1 << 20)), harness.Feed()
+    first, second = guest.memory.alloc(512), guest.memory.alloc(512)
+    desc = guest.receiveq.desc
+    for slot in range(long):  # a chain whose last descriptor alone has room
+        desc[slot] = (first.guest_addr, 512 if slot == long - 1 else 0, 2 if slot == long - 1 else 3, slot + 1)
+    desc[long] = (second.guest_addr, 512, 2, 0)
+    guest.receiveq.avail[2:6] = (0, 0xFFFF, 0xFFFF, 0xFFFF)
+    guest.receiveq.avail[1] = 2
+    source.add(b"first")
+    source.add(bytes(2000) if long == 1 else b"later")
+    pushed = harness.move(source, 0, guest.port, 0)[1]
+    assert pushed == (2 if long == 1 else 1)
+    guest.receiveq.avail[1] = 3
+    source.add(b"second")
+    assert harness.move(source, 0, guest.port, 0)[1] == 1
+    assert bytes(guest.memory.view(first.guest_addr + 12, 5)) == b"first"
+    assert bytes(guest.memory.view(second.guest_addr + 12, 6)) == b"second"
+    assert int(guest.receiveq.used["id"][1]) == long
+
+
+def test_a_disabled_transmitq_of_long_chains_costs_a_round_no_more_than_an_enabled_one(harness: ModuleType) -> None:
+    guest = Guest(VERSION_1 | IN_ORDER, size=8192, memory=GuestMemory(1 << 20), start=False)
+    guest.start(enabled=False)
+    desc = guest.transmitq.desc
+    for slot in range(8192):  # one chain of all descriptors, named by every head
+        desc[slot] = (guest.memory.regions[0][0], 0, 1 if slot < 8191 else 0, slot + 1 if slot < 8191 else 0)
+    guest.transmitq.avail[1] = 32
+    used = []
+    for _ in range(2):
+        assert harness.move(guest.port, 0, harness.Collect(), 0) == (0, 0)
+        used.append(int(guest.transmitq.used_head[1]))
+    assert used == [1, 2]

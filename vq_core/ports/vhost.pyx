@@ -150,31 +150,34 @@ cdef inline bint _id_is_wrong(queue_t* queue, bint packed, uint16_t id) noexcept
 
 cdef int _discard(queue_t* queue) noexcept nogil:
     """A started but disabled transmitq: consume without side effects (vhost-user, "Ring states")."""
-    cdef bint packed = queue.ring.is_packed
+    cdef ring_t* ring = &queue.ring
+    cdef bint packed = ring.is_packed
     cdef chain_t chain
     cdef cursor_t cursor
     cdef virtq_desc_t descriptor
-    cdef int available = ring_begin(&queue.ring, packed, &cursor, BURST_MAX), status
+    cdef uint32_t steps = 0
+    cdef int available = ring_begin(ring, packed, &cursor, BURST_MAX), status
     if available <= 0:
         _no_entries(queue, available)
         return 0
-    while <int>cursor.taken < min(available, BURST_MAX):
-        status = ring_look(&queue.ring, packed, &cursor, &descriptor)
+    while <int>cursor.taken < min(available, BURST_MAX) and steps <= STEPS_BURST:
+        status = ring_look(ring, packed, &cursor, &descriptor)
         if status < 0:
-            queue_break(queue, BROKEN_HEAD, cursor.head)
+            queue_break(queue, BROKEN_HEAD, ring.split.bad_head)
         if status <= 0:
             break
         chain_begin(&chain, queue, cursor.head, &descriptor)
-        if ring_counts_slots(&queue.ring) and \
+        if ring_counts_slots(ring) and \
                 (chain_next(&chain, queue, &descriptor) < 0 or chain_end(&chain, queue) < 0):
             queue_break(queue, chain.broken, chain.id)
             break
+        steps += chain.steps
         if _id_is_wrong(queue, packed, chain.id):
             break
-        ring_use(&queue.ring, packed, &cursor, chain.id, 0, chain.slots)
-    ring_commit(&queue.ring, packed, &cursor)
+        ring_use(ring, packed, &cursor, chain.id, 0, chain.slots)
+    ring_commit(ring, packed, &cursor)
     queue.counters.dropped[DROP_DISABLED] += cursor.taken
-    queue_publish(queue, packed, ring_next_used(&queue.ring, packed))
+    queue_publish(queue, packed, ring_next_used(ring, packed))
     queue_flush(queue)
     return 0
 
@@ -222,7 +225,7 @@ cdef inline int _pull_live(queue_t* queue, bint packed, uint32_t header_bytes, b
     while <int>cursor.taken < available:
         status = ring_look(ring, packed, &cursor, &descriptor)
         if status < 0:
-            queue_break(queue, BROKEN_HEAD, cursor.head)
+            queue_break(queue, BROKEN_HEAD, ring.split.bad_head)
         if status <= 0:
             break
         # One test for three: plain readable descriptor, longer than the header, not above the largest packet.
@@ -452,7 +455,7 @@ cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes, cu
         if step > 0:
             step = ring_look(ring, packed, cursor, &descriptor)
             if step < 0:
-                queue_break(queue, BROKEN_HEAD, cursor.head)
+                queue_break(queue, BROKEN_HEAD, ring.split.bad_head)
                 return BROKE
         elif step < 0:
             queue_break(queue, BROKEN_AVAIL_IDX, ring.split.shadow_avail_idx)
