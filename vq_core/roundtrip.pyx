@@ -81,15 +81,20 @@ cdef void trip_fill(trip_t* trip) noexcept nogil:
 
 
 cdef inline int trip_send(trip_t* trip) noexcept nogil:
-    """Send the packet with its next number; -1 when the ring is broken."""
+    """Send the packet with its next number: how it ended; lost if the device gives no buffer back to send with."""
     cdef driver_part_t part
     cdef driver_used_t used[RECLAIM]
-    cdef int got
+    cdef uint32_t looks = 0
+    cdef int64_t begin = 0
     while driver_free(trip.sending) == 0:
-        got = driver_poll_used(trip.sending, used, RECLAIM)
-        if got < 0:
-            return -1
+        if driver_poll_used(trip.sending, used, RECLAIM) < 0:
+            return TRIP_BROKEN
         vq_pause()
+        if looks == 0:
+            begin = clock_now(CLOCK_MONOTONIC)
+        elif not looks & 4095 and <uint64_t>(clock_now(CLOCK_MONOTONIC) - begin) > trip.patience_ns:
+            return TRIP_LOST
+        looks += 1
     memcpy(trip.sent_slot + HEAD_BYTES + NUMBER_AT, &trip.number, 8)
     part.addr = trip.sent_addr + HEAD_BYTES - trip.header_bytes
     part.len = trip.header_bytes + trip.size
@@ -97,7 +102,7 @@ cdef inline int trip_send(trip_t* trip) noexcept nogil:
     driver_publish(trip.sending)
     driver_kick(trip.sending)
     trip.number += 1
-    return 0
+    return TRIP_DONE
 
 
 cdef void trip_doze(trip_t* trip) noexcept nogil:
@@ -160,9 +165,9 @@ cdef int trip_run(trip_t* trip, uint64_t duration_ns, uint32_t[::1] samples) noe
     driver_kick(trip.receiving)
     while trip.count < room and not vq_load_u32(&trip.stop):
         begin = vq_cycles()
-        if trip_send(trip) < 0:
-            return TRIP_BROKEN
-        ended = trip_await(trip, &used)
+        ended = trip_send(trip)
+        if ended == TRIP_DONE:
+            ended = trip_await(trip, &used)
         begin = vq_cycles() - begin
         if ended != TRIP_DONE:
             trip.lost += ended == TRIP_LOST

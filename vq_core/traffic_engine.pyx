@@ -33,6 +33,7 @@ cdef enum:
     IDLE_YIELD = 256                 # rounds without a packet before the CPU is offered to others
     IDLE_SLEEP = 2000                # and before the engine waits for calls, if it may
     SLEEP_MS = 20                    # longest wait: the clock and the stop flag are looked at then
+    DRAIN_PATIENCES = 8              # after the last packet was sent, whatever still moves
 
 
 # ---- buffers ----
@@ -347,7 +348,7 @@ cdef void _begin(traffic_t* traffic) noexcept nogil:
 
 
 cdef void traffic_run(traffic_t* traffic) noexcept nogil:
-    cdef uint64_t begin = _now_ns(), now = begin, moved_at = begin, before = traffic.active_ns
+    cdef uint64_t begin = _now_ns(), now = begin, moved_at = begin, ended_at = begin, before = traffic.active_ns
     cdef uint32_t i, idle = 0, rounds = 0
     cdef int sent, received, progress
     cdef bint sending = True, progressed = False
@@ -401,10 +402,12 @@ cdef void traffic_run(traffic_t* traffic) noexcept nogil:
             if vq_load_u32(&traffic.stop) or (traffic.duration_ns and now - begin >= traffic.duration_ns) or \
                     (traffic.limit and _reached(traffic)):
                 sending = False
-                moved_at = now
+                moved_at = ended_at = now
         if not sending and _drained(traffic):
             return
-        if now - moved_at >= traffic.patience_ns:
+        # A device that hands over something for ever is not waited for either.
+        if now - moved_at >= traffic.patience_ns or \
+                (not sending and now - ended_at >= DRAIN_PATIENCES * traffic.patience_ns):
             _give_up(traffic)
             moved_at = now
             if not sending:

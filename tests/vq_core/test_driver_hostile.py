@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 from driver_rig import EVENT_IDX, IN_ORDER, LAYOUTS, every_layout, make
 from reference_device import NEXT, WRITE, Device, PackedDevice, SplitDevice, reference_device
 from vq_core.driver import BrokenRingError, Buffer, DriverQueue
+from vq_core.guest_memory import GuestMemory
+from vq_core.roundtrip import RoundTrip
+from vq_core.traffic import Exchange
 
 Attack = Callable[[DriverQueue, Device, Buffer], None]
 
@@ -234,3 +238,57 @@ def scribble(queue: DriverQueue, chance: random.Random) -> None:
     for index in range(8):
         queue.desc[index] = tuple(chance.getrandbits(bits) for bits in (64, 32, 16, 16))
     queue.used_head[:] = (chance.getrandbits(16), chance.choice((chance.getrandbits(16), chance.randint(0, 5))))
+
+
+class Withholding:
+    """A device that answers each packet with a used receive buffer, and never gives a transmit buffer back."""
+
+    def __init__(self, transmitq: DriverQueue, receiveq: DriverQueue) -> None:
+        self.queues = transmitq, receiveq
+        self.views = transmitq.avail, receiveq.avail, receiveq.used, receiveq.used_head
+        self.ending = threading.Event()
+        self.thread = threading.Thread(target=self.serve)
+
+    def serve(self) -> None:
+        sent, posted, used, head = self.views
+        size = self.queues[1].size
+        done = 0
+        while not self.ending.wait(0.0005):
+            # More than was sent: with wrong contents, for as long as buffers are posted.
+            if int(sent[1]) and int(posted[1]) != done:
+                used[done % size] = (int(posted[2 + done % size]), 76)
+                done = (done + 1) % 65536
+                head[1] = done
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *problem: object) -> None:
+        self.ending.set()
+        self.thread.join()
+
+
+def ends(run: Callable[[], object]) -> bool:
+    """Whether it comes back within ten seconds."""
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    return not thread.is_alive()
+
+
+def test_round_trips_end_when_no_transmit_buffer_comes_back() -> None:
+    memory = GuestMemory(1 << 22)
+    transmitq, receiveq = (DriverQueue(memory, 8) for _ in range(2))
+    trips = RoundTrip(transmitq, receiveq, patience=0.2)
+    with Withholding(transmitq, receiveq):
+        assert ends(lambda: trips.run(0.5))
+    assert trips.counters["lost"] == 1
+
+
+def test_traffic_ends_although_a_device_hands_over_packets_for_ever() -> None:
+    memory = GuestMemory(1 << 22)
+    transmitq, receiveq = (DriverQueue(memory, 64) for _ in range(2))
+    exchange = Exchange([(transmitq, receiveq)], [64], patience=0.1)
+    with Withholding(transmitq, receiveq):
+        assert ends(lambda: exchange.run(duration=0.2))
+    assert exchange.counters["changed"] > 0
