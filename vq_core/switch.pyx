@@ -25,8 +25,14 @@ cdef enum:
 # ---- the table ----
 
 cdef inline int _bucket(switch_t* switch, uint64_t mac) noexcept nogil:
-    """Index of the bucket's first way (multiply-shift hashing)."""
-    return <int>((mac * switch.secret) >> (64 - SWITCH_BUCKET_BITS)) * SWITCH_WAYS
+    """Index of the bucket's first way.
+
+    Multiply-shift hashing alone puts addresses that follow each other into few buckets with an unlucky multiplier.
+    """
+    cdef uint64_t mixed = mac * switch.secret
+    mixed = (mixed ^ mixed >> 32) * <uint64_t>0x9e3779b97f4a7c15
+    mixed = (mixed ^ mixed >> 29) * <uint64_t>0xbf58476d1ce4e5b9
+    return <int>(mixed >> (64 - SWITCH_BUCKET_BITS)) * SWITCH_WAYS
 
 
 cdef inline bint _aged(switch_t* switch, int way, uint32_t now_s) noexcept nogil:

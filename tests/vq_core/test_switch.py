@@ -324,9 +324,10 @@ def test_eviction_of_the_oldest(harness: ModuleType) -> None:
 
     fill(net, 0, old, now_s=100)
     fill(net, 0, young, now_s=105)
-    assert kept(young, 105) > 19000 > kept(old, 105) > 8000  # a table of 32768 ways; 40000 addresses were offered
+    # 8192 buckets of four ways: of 20000 addresses at random 18760 find room, whatever was there before.
+    assert 18300 < kept(young, 105) < 19200 and kept(old, 105) > 8000
     fill(net, 1, late, now_s=114)  # finds most of its room where `old` has aged at 110
-    assert kept(late, 114) > 7500 and kept(young, 114) > 17500 and kept(old, 114) == 0
+    assert kept(late, 114) > 7200 and kept(young, 114) > 16500 and kept(old, 114) == 0
 
 
 def test_workers_share_the_table(harness: ModuleType) -> None:
