@@ -6,6 +6,7 @@ from vq_core.driver_packed cimport DRIVER_WRAP_COUNTER, driver_packed_reset, dri
 from vq_core.driver_split cimport driver_split_reset
 from vq_core.virtio cimport (VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTQ_SIZE_MAX, has_feature,
                              virtq_avail_t, virtq_packed_desc_t, virtq_packed_event_t, virtq_used_t)
+from vq_core.wait cimport wait_drain
 
 import os
 import select
@@ -327,7 +328,7 @@ cdef class DriverQueue:
             if left <= 0:
                 return False
             if poller.poll(left * 1000):
-                os.eventfd_read(self.driver.call_fd)
+                wait_drain(self.driver.call_fd)
         return True
 
     @property

@@ -17,19 +17,9 @@ from vq_core.driver cimport (DRIVER_OK, Block, DriverQueue, driver_add, driver_a
                              driver_used_t)
 from vq_core.driver import BrokenRingError
 from vq_core.net cimport net_header_bytes
+from vq_core.wait cimport pollfd, wait_add, wait_any
 
 import os
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t c_read "read"(int fd, void* data, size_t bytes) noexcept
-
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int c_poll "poll"(pollfd* fds, unsigned long count, int timeout_ms) noexcept
-    short POLLIN
 
 cdef enum:
     HEAD_BYTES = 64                  # of a slot before the packet
@@ -108,12 +98,9 @@ cdef inline int trip_send(trip_t* trip) noexcept nogil:
 cdef void trip_doze(trip_t* trip) noexcept nogil:
     """Wait for the receiveq's call."""
     cdef pollfd fd
-    cdef uint64_t ignored
-    fd.fd = trip.receiving.call_fd
-    fd.events = POLLIN
-    fd.revents = 0
-    if not driver_arm(trip.receiving) and c_poll(&fd, 1, WAIT_MS) > 0:
-        c_read(fd.fd, &ignored, 8)
+    wait_add(&fd, trip.receiving.call_fd)
+    if not driver_arm(trip.receiving):
+        wait_any(&fd, 1, WAIT_MS)
     driver_disarm(trip.receiving)
 
 

@@ -2,32 +2,16 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from vq_core.arch cimport vq_load_u32, vq_pause, vq_prefetch
+from vq_core.clock cimport CLOCK_MONOTONIC, clock_now
 from vq_core.driver cimport (DRIVER_OK, driver_add, driver_add_as, driver_add_indirect, driver_arm, driver_disarm,
                              driver_free, driver_free_as, driver_kick, driver_kick_as, driver_next_id,
                              driver_outstanding, driver_part_t, driver_poll_used, driver_poll_used_as, driver_publish,
                              driver_publish_as)
 from vq_core.packets cimport PACKET_LIMIT, order_gap, order_note, packet_fill, packet_read
+from vq_core.wait cimport pollfd, wait_add, wait_any
 
 cdef extern from "<sched.h>" nogil:
     int c_sched_yield "sched_yield"() noexcept
-
-cdef extern from "<time.h>" nogil:
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    int c_clock_gettime "clock_gettime"(int clock, timespec* now) noexcept
-    int CLOCK_MONOTONIC
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t c_read "read"(int fd, void* data, size_t bytes) noexcept
-
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int c_poll "poll"(pollfd* fds, unsigned long count, int timeout_ms) noexcept
-    short POLLIN
 
 cdef enum:
     IDLE_YIELD = 256                 # rounds without a packet before the CPU is offered to others
@@ -261,12 +245,6 @@ cdef inline int stream_receive(bint packed, traffic_t* traffic, stream_t* stream
 
 # ---- the loop ----
 
-cdef uint64_t _now_ns() noexcept nogil:
-    cdef timespec now
-    c_clock_gettime(CLOCK_MONOTONIC, &now)
-    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
-
-
 cdef void _note_error(traffic_t* traffic) noexcept nogil:
     """Remember which queue was broken."""
     cdef uint32_t i
@@ -311,7 +289,6 @@ cdef void _sleep(traffic_t* traffic) noexcept nogil:
     cdef pollfd fds[2 * STREAMS_MAX]
     cdef unsigned long count = 0
     cdef uint32_t i
-    cdef uint64_t ignored
     cdef bint ready = False
     cdef driver_t* queues[2]
     for i in range(traffic.stream_count):
@@ -320,13 +297,10 @@ cdef void _sleep(traffic_t* traffic) noexcept nogil:
         for queue in queues:
             if queue != NULL and driver_outstanding(queue):
                 ready |= driver_arm(queue)
-                fds[count].fd = queue.call_fd
-                fds[count].events = POLLIN
+                wait_add(&fds[count], queue.call_fd)
                 count += 1
-    if not ready and c_poll(fds, count, SLEEP_MS) > 0:
-        for i in range(count):
-            if fds[i].revents:
-                c_read(fds[i].fd, &ignored, 8)
+    if not ready:
+        wait_any(fds, count, SLEEP_MS)
     for i in range(traffic.stream_count):
         if traffic.streams[i].send.queue != NULL:
             driver_disarm(traffic.streams[i].send.queue)
@@ -348,7 +322,8 @@ cdef void _begin(traffic_t* traffic) noexcept nogil:
 
 
 cdef void traffic_run(traffic_t* traffic) noexcept nogil:
-    cdef uint64_t begin = _now_ns(), now = begin, moved_at = begin, ended_at = begin, before = traffic.active_ns
+    cdef uint64_t begin = <uint64_t>clock_now(CLOCK_MONOTONIC), now = begin, moved_at = begin, ended_at = begin
+    cdef uint64_t before = traffic.active_ns
     cdef uint32_t i, idle = 0, rounds = 0
     cdef int sent, received, progress
     cdef bint sending = True, progressed = False
@@ -393,7 +368,7 @@ cdef void traffic_run(traffic_t* traffic) noexcept nogil:
                 c_sched_yield()
         if rounds & 63 and idle & 15 != 15:
             continue
-        now = _now_ns()
+        now = <uint64_t>clock_now(CLOCK_MONOTONIC)
         if progressed:
             moved_at = now
             progressed = False

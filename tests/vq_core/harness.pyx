@@ -15,6 +15,7 @@
     move(source, i, target, j, limit=32, step=32)    one round of a flow: pull, push, release, flush
     arm(port, index, pull, push)                     ask an endpoint for wake-ups, as a worker does before it sleeps
     set_accepts(port, index, accepts)                what an endpoint of any port says it accepts
+    drain(fd)                                    what a waiting driver does with an eventfd that was signalled
     measure_offload, measure_forward, measure_sum    cycles
 
 Both ports have one endpoint and work under a real worker as well: Feed wakes it, and both may be used in a Plan or
@@ -34,6 +35,7 @@ from vq_core.offload cimport Offload, checksum_add, checksum_fold, offload_push
 from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_ALL, SEGMENTS_MAX, Port, burst_t, endpoint_t,
                            packet_t, segment_t)
 from vq_core.switch cimport SwitchLane, switch_forward
+from vq_core.wait cimport wait_drain
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -397,6 +399,11 @@ cdef class Collect(Port):
 
 
 # ---- by hand ----
+
+def drain(int fd):
+    with nogil:
+        wait_drain(fd)
+
 
 def set_accepts(Port port, int index, uint32_t accepts):
     """Set what an endpoint accepts as it is."""

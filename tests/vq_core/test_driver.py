@@ -7,6 +7,7 @@ import random
 import select
 import threading
 import time
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -353,6 +354,47 @@ def test_wait_sleeps_until_the_call(layout: str) -> None:
     thread.join()
     assert len(queue.poll()) == 1
     assert select.select([queue.call_fd], [], [], 0)[0] == []
+
+
+def test_a_descriptor_made_to_block_holds_nobody_up(harness: ModuleType) -> None:
+    """O_NONBLOCK is the peer's to clear, and the signal that was seen the peer's to take away."""
+    fd = os.eventfd(3, os.EFD_CLOEXEC)  # blocks
+    try:
+        harness.drain(fd)
+        assert select.select([fd], [], [], 0)[0] == []
+        drained = threading.Thread(target=harness.drain, args=(fd,), daemon=True)
+        drained.start()
+        drained.join(5)
+        hangs = drained.is_alive()
+        os.eventfd_write(fd, 1)
+        assert not hangs
+    finally:
+        os.close(fd)
+
+
+def test_wait_ends_in_time_whatever_the_peer_does_to_the_descriptor() -> None:
+    queue = make("split")
+    queue.add([b"x"])
+    queue.publish()
+    os.set_blocking(queue.call_fd, True)
+    stop = threading.Event()
+
+    def tease() -> None:
+        """Signal, and take it back, until somebody has believed it."""
+        while not stop.is_set():
+            os.eventfd_write(queue.call_fd, 1)
+            os.eventfd_read(queue.call_fd) if select.select([queue.call_fd], [], [], 0)[0] else None
+
+    peer = threading.Thread(target=tease, daemon=True)
+    peer.start()
+    try:
+        for _ in range(20):
+            begin = time.monotonic()
+            assert not queue.wait(0.05)
+            assert time.monotonic() - begin < 5
+    finally:
+        stop.set()
+        peer.join(1)
 
 
 @every_layout
