@@ -11,7 +11,7 @@ from interop.backend import Backend
 from interop.features import KINDS, PACKED, assert_kind, kernel_mtu
 from interop.guest import Guest
 from interop.rig import Rig
-from interop.traffic import FRAME_BYTES, PacketSizes, assert_ping, await_path, send_bulk
+from interop.traffic import FRAME_BYTES, PacketSizes, assert_ping, assert_whole, await_path, send_bulk
 
 pytestmark = pytest.mark.guest
 PAIRS = [
@@ -108,5 +108,6 @@ def test_packets_of_the_host_mtu(rig: Rig) -> None:
         pytest.skip("the stand-in has no host_mtu")
     _, first, second = _boot(rig, {"host_mtu": 9000}, {"host_mtu": 9000} | PACKED)
     assert kernel_mtu(first) == kernel_mtu(second) == 9000
-    assert_ping(first, second, count=50, size=8972, options="-M do")
+    assert_whole(first, second, 8972)
+    assert_ping(first, second, count=50, size=8972)
     send_bulk(first, second, mib=8)

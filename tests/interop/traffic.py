@@ -30,34 +30,40 @@ class Ping(NamedTuple):
         return self.sent - self.received
 
 
-def ping(source: Station, target: Station, *, count: int = 200, size: int = 56, options: str = "") -> Ping:
+def ping(source: Station, target: Station, *, count: int = 200, size: int = 56) -> Ping:
     """Send echo requests of ``size`` payload bytes, each when the one before was answered.
 
-    The path is named, since busybox's shell takes its own ping otherwise.
+    By busybox, which waits a second at least for the last answer. The full-grown ping waits for two of the round trips
+    that it has seen, and calls what comes later lost.
     """
     # A big one is up to 45 fragments; more of them at once than a ring has entries would be lost in a real switch too.
-    command = f"/bin/ping -q -n -A -c {count} -s {size} -W 3 {options} {target.address}"
-    output = source.run(command, 20 + count * 0.1).output
-    match = re.search(r"(\d+) packets transmitted, (\d+) received", output)
+    output = source.run(f"busybox ping -q -A -c {count} -s {size} {target.address}", 20 + count).output
+    match = re.search(r"(\d+) packets transmitted, (\d+) packets received", output)
     assert match, f"{source.name}: no result from ping:\n{output}"
     assert "DUP!" not in output and "duplicates" not in output, f"a packet came twice:\n{output}"
     return Ping(int(match[1]), int(match[2]), output)
 
 
-def assert_ping(source: Station, target: Station, *, count: int = 200, size: int = 56, options: str = "") -> None:
+def assert_ping(source: Station, target: Station, *, count: int = 200, size: int = 56) -> None:
     """Ping, with no loss allowed.
 
     One packet beforehand resolves the address, so that no queue of a neighbour entry has to hold the others.
     """
     await_path(source, target)
-    result = ping(source, target, count=count, size=size, options=options)
+    result = ping(source, target, count=count, size=size)
     story = f"{result.lost} of {count} packets of {size} bytes lost:\n{result.output}"
     assert result.sent == count and not result.lost, story
+
+
+def assert_whole(source: Station, target: Station, size: int) -> None:
+    """Check that ``size`` payload bytes get through in one packet, which nobody may take to pieces."""
+    source.check(f"/bin/ping -q -n -c 1 -W 5 -M do -s {size} {target.address}")
 
 
 def await_path(source: Station, target: Station, timeout: float = 15) -> float:
     """Wait until packets get through; gives the seconds."""
 
+    # The path is named, since busybox's shell takes its own ping otherwise.
     def one() -> bool:
         return source.run(f"/bin/ping -q -n -c 1 -W 1 {target.address}", 5).code == 0
 
