@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -48,6 +49,7 @@ class Applier:
         self.memory: MemoryMap | None = None
         self.log: DirtyLog | None = None
         self.rings: dict[int, e.RingConfig] = {}
+        self.waiting: dict[int, int] = {}  # base of each ring that stopped because its memory was taken away
 
     def __call__(self, effect: e.Effect) -> Any:
         try:
@@ -82,8 +84,8 @@ class Applier:
             self._publish(rest)
 
     def _publish(self, memory: MemoryMap | None) -> None:
-        """Move all started rings over; a ring that does not lie in the new memory is stopped."""
-        for index in self.rings:
+        """Move all started rings over; one that does not lie in the new memory stops until it does again."""
+        for index, ring in self.rings.items():
             queue = self.device.queues[index]
             if not queue.started:
                 continue
@@ -92,16 +94,25 @@ class Applier:
                     raise ValueError("no memory is left")
                 queue.set_memory(memory)
             except ValueError as error:
-                self.warn(f"{error}; ring {index} stopped")
-                queue.stop()
-                self._signal(self.rings[index].err_fd)
+                self.warn(f"{error}; ring {index} stopped until its memory is there again")
+                broken = queue.broken is not None
+                base = int(queue.stop())
+                if not broken:  # a ring that its driver has broken waits for the front-end to stop it
+                    self.waiting[index] = base
+                self._signal(ring.err_fd)
                 self.changed()
         self.memory = memory
+        for index in list(self.waiting):
+            ring = replace(self.rings[index], base=self.waiting[index], enabled=self.device.queues[index].enabled)
+            with suppress(ValueError):  # not all of it is there yet
+                self._start(ring)
 
     # -- rings --
 
     def _start_ring(self, effect: e.StartRing) -> None:
-        ring = effect.ring
+        self._start(effect.ring)
+
+    def _start(self, ring: e.RingConfig) -> None:
         if self.memory is None:
             raise ValueError("no memory table has been set")
         self.device.queues[ring.index].start(
@@ -110,11 +121,13 @@ class Applier:
             log=self._active_log(), log_guest_addr=self._log_guest_addr(ring), in_order=self.device.in_order,
         )  # fmt: skip
         self.rings[ring.index] = ring
+        self.waiting.pop(ring.index, None)
         self.changed()
 
     def _stop_ring(self, effect: e.StopRing) -> int:
         base = int(self.device.queues[effect.index].stop())
         self.rings.pop(effect.index, None)
+        self.waiting.pop(effect.index, None)
         self.changed()
         return base
 
@@ -124,16 +137,20 @@ class Applier:
 
     def _set_kick(self, effect: e.SetKick) -> None:
         self.device.queues[effect.index].set_kick(effect.fd)
-        if effect.index in self.rings:
-            self.rings[effect.index] = replace(self.rings[effect.index], kick_fd=effect.fd)
+        self._remember(effect.index, kick_fd=effect.fd)
 
     def _set_call(self, effect: e.SetCall) -> None:
         self.device.queues[effect.index].set_call(effect.fd)
+        self._remember(effect.index, call_fd=effect.fd)
 
     def _set_err(self, effect: e.SetErr) -> None:
         self.device.queues[effect.index].set_err(effect.fd)
-        if effect.index in self.rings:
-            self.rings[effect.index] = replace(self.rings[effect.index], err_fd=effect.fd)
+        self._remember(effect.index, err_fd=effect.fd)
+
+    def _remember(self, index: int, **fds: Any) -> None:
+        """Keep what a started ring signals by, for the day it starts again with other memory."""
+        if index in self.rings:
+            self.rings[index] = replace(self.rings[index], **fds)
 
     def _signal_err(self, effect: e.SignalErr) -> None:
         self._signal(effect.fd)

@@ -18,6 +18,7 @@ from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory
 from vq_core.ports.null import NullPort
 from vq_core.worker import Plan, Worker
+from waiting import wait_for
 
 VERSION_1 = v.mask(v.VIRTIO_F_VERSION_1)
 LOG_ALL = v.mask(v.VHOST_F_LOG_ALL)
@@ -147,6 +148,59 @@ def test_a_ring_whose_memory_goes_is_stopped_and_the_front_end_told(connection: 
     connection.apply(e.SetMemory(connection.regions))
     connection.start(0)
     assert connection.device.queues[0].live
+
+
+def test_a_ring_goes_on_when_its_memory_is_there_again(connection: Connection) -> None:
+    """With what was said meanwhile: descriptors, and whether it is enabled; at the place where it stood."""
+    connection.start(0, 1, 2)
+    queues = connection.device.queues
+    calls = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
+    driver = connection.drivers[1]
+    worker = Worker()
+    thread = threading.Thread(target=worker.run)
+    try:
+        thread.start()
+        worker.set_plan(Plan([(connection.device.port, 0, NullPort("null"), 0)]))
+        for _ in range(5):
+            driver.add([bytes(12) + b"packet"])
+        driver.kick()
+        assert driver.wait(5)
+        assert len(driver.poll()) == 5
+        worker.set_plan(Plan())
+        connection.apply(e.SetMemory(()))
+        assert not any(queue.started for queue in queues)
+        connection.apply(e.SetCall(1, calls[0]))
+        connection.apply(e.SetErr(1, calls[1]))
+        connection.apply(e.EnableRing(2, False))
+        assert connection.apply(e.StopRing(0)) == 0
+        connection.memory.add_region(1 << 16)
+        connection.apply(e.SetMemory(connection.regions[1:]))
+        assert not any(queue.started for queue in queues)
+        before = connection.changes
+        connection.apply(e.AddRegion(connection.regions[0]))
+        assert [queue.started for queue in queues] == [False, True, True, False]
+        assert [queue.enabled for queue in queues[1:3]] == [True, False]
+        assert connection.changes == before + 2
+        worker.set_plan(Plan([(connection.device.port, 0, NullPort("null"), 0)]))
+        for _ in range(3):
+            driver.add([bytes(12) + b"packet"])
+            driver.arm()
+            driver.kick()
+            assert len(wait_for(driver.poll)) == 1
+            wait_for(lambda: signals(calls[0]))
+        connection.apply(e.SetMemory(()))
+        assert signals(calls[1]) == 1
+        assert connection.apply(e.StopRing(1)) == 8
+        connection.apply(e.SetMemory(connection.regions))
+        assert [queue.started for queue in queues] == [False, False, True, False]
+    finally:
+        worker.set_plan(Plan())
+        worker.stop()
+        thread.join()
+        for index in list(connection.apply.rings):
+            connection.apply(e.StopRing(index))
+        for fd in calls:
+            os.close(fd)
 
 
 def test_memory_may_go_as_a_whole(connection: Connection) -> None:
