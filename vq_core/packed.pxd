@@ -122,6 +122,15 @@ cdef inline uint16_t packed_passed(packed_t* ring, uint16_t first, uint16_t head
     cdef uint16_t passed = <uint16_t>(head - first)
     return passed if head > first else <uint16_t>(passed + ring.num)
 
+cdef inline void packed_remember(packed_t* ring, cursor_t* cursor) noexcept nogil:
+    """All before the cursor is available, the slot at the cursor is not: what is to come, comes there."""
+    cdef uint16_t passed
+    if cursor.taken == 0:
+        return
+    passed = packed_passed(ring, ring.avail_slot, cursor.head)
+    if passed > ring.known:
+        ring.known = passed
+
 cdef inline bint packed_is_full(packed_t* ring, cursor_t* first, cursor_t* cursor) noexcept nogil:
     """Whether all buffers that the ring can ever hold lie between `first` and the cursor: another has no room."""
     cdef uint16_t slots

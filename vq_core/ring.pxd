@@ -9,8 +9,8 @@ from libc.stdint cimport uint16_t, uint32_t
 from vq_core.cursor cimport cursor_t
 from vq_core.packed cimport (packed_begin, packed_commit, packed_has_more, packed_is_full, packed_known, packed_look,
                              packed_more, packed_needs_call, packed_position, packed_prefetch, packed_publish,
-                             packed_ready, packed_request_kick, packed_suppress_kicks, packed_t, packed_undecided,
-                             packed_use)
+                             packed_ready, packed_remember, packed_request_kick, packed_suppress_kicks, packed_t,
+                             packed_undecided, packed_use)
 from vq_core.split cimport (split_begin, split_commit, split_has_more, split_is_full, split_known, split_look,
                             split_more, split_needs_call, split_position, split_prefetch, split_publish, split_ready,
                             split_request_kick, split_suppress_kicks, split_t, split_undecided, split_use)
@@ -36,6 +36,11 @@ cdef inline int ring_more(ring_t* ring, bint packed, cursor_t* cursor) noexcept 
 
 cdef inline bint ring_is_full(ring_t* ring, bint packed, cursor_t* first, cursor_t* cursor) noexcept nogil:
     return packed_is_full(&ring.packed, first, cursor) if packed else split_is_full(&ring.split, first, cursor)
+
+cdef inline void ring_remember(ring_t* ring, bint packed, cursor_t* cursor) noexcept nogil:
+    """What lies before the cursor and is not taken yet is too little for a packet: wait for what comes behind it."""
+    if packed:
+        packed_remember(&ring.packed, cursor)    # the index of a split ring says how much there is
 
 cdef inline int ring_look(ring_t* ring, bint packed, cursor_t* cursor, virtq_desc_t* copy) noexcept nogil:
     return packed_look(&ring.packed, cursor, copy) if packed else split_look(&ring.split, cursor, copy)

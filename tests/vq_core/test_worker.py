@@ -22,6 +22,7 @@ from engine_rig import (
     VERSION_1,
     Guest,
     asleep,
+    every_layout,
     pattern,
     running,
     signals,
@@ -99,6 +100,28 @@ def test_a_sleeping_worker_stands_still_and_a_busy_one_does_not() -> None:
         wait_for(lambda: busy.snapshot()["rounds"] > before[1])
         assert busy.snapshot()["sleeps"] == 0
         assert (busy.snapshot()["busy_cycles"], busy.snapshot()["idle_cycles"] > 0) == (0, True)
+
+
+@every_layout
+@pytest.mark.parametrize("buffers", [60, 80, 94])
+def test_too_few_buffers_for_a_packet_let_the_worker_sleep(layout: int, buffers: int) -> None:
+    """Also when they are more than a port looks for at once; the one that was missing wakes it."""
+    guest = Guest(layout | EVENT_IDX | MRG_RXBUF, size=256)
+    gen = GenPort("gen", size=1518)  # with its header: 95.6 buffers of 16 bytes
+    with running(Worker()) as (worker,):
+        for _ in range(buffers):
+            guest.receiveq.add(writable=[16])
+        guest.receiveq.publish()
+        worker.set_plan(Plan([(gen, 0, guest.port, 0)]))
+        asleep(worker)
+        assert guest.to_guest["packets"] == 0
+        assert not guest.receiveq.poll()
+        for _ in range(96 - buffers):
+            guest.receiveq.add(writable=[16])
+            guest.receiveq.kick()
+        wait_for(lambda: guest.to_guest["packets"] == 1)
+        assert sum(length for _, length in guest.receiveq.poll()) == 12 + 1518
+        asleep(worker)
 
 
 def test_what_happens_to_a_sleeping_queue_wakes_it() -> None:

@@ -21,7 +21,7 @@ from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, 
                             queue_t)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_counts_slots, ring_has_more, ring_is_full, ring_known,
                            ring_look, ring_more, ring_next_used, ring_position, ring_prefetch, ring_ready,
-                           ring_shadow_used, ring_t, ring_use)
+                           ring_remember, ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE,
                              gpa_t, has_feature, virtio_net_hdr_t, virtq_desc_t)
 
@@ -461,7 +461,10 @@ cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes, cu
             queue_break(queue, BROKEN_AVAIL_IDX, ring.split.shadow_avail_idx)
             return BROKE
         if step == 0:            # a full ring that is too small stays too small
-            return DROPPED if ring_is_full(ring, packed, &begin, cursor) else NO_ROOM
+            if ring_is_full(ring, packed, &begin, cursor):
+                return DROPPED
+            ring_remember(ring, packed, cursor)
+            return NO_ROOM
         chain_begin(&chain, queue, cursor.head, &descriptor)
         in_chain = 0
         room = False
