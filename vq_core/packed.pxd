@@ -22,7 +22,6 @@ from vq_core.virtio cimport (VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DES
                              virtq_packed_event_t)
 
 cdef enum:
-    PACKED_HOLD = 24             # polls: about a microsecond
     PACKED_WRAP_BITS = VIRTQ_PACKED_DESC_F_AVAIL | VIRTQ_PACKED_DESC_F_USED
     PACKED_WORK_BITS = VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE | VIRTQ_DESC_F_INDIRECT
 
@@ -42,7 +41,6 @@ cdef struct packed_t:
     uint16_t shadow_used                 # position of the next used element to publish
     uint16_t known                       # slots from avail_slot that are known to be available
     uint16_t chain_slots                 # of the buffer taken last: what a buffer takes
-    uint16_t hold                        # polls for which only a full burst is taken
     bint batch                           # IN_ORDER: one used descriptor stands for all that is published at once
     uint32_t moved                       # slots published since the last decision about a call
     bint signalled_valid                 # False: no decision since the ring started
@@ -85,19 +83,15 @@ cdef inline int packed_ready(packed_t* ring, int want) noexcept nogil:
     return slots // ring.chain_slots if slots >= ring.chain_slots else 1
 
 cdef inline int packed_begin(packed_t* ring, cursor_t* cursor, int want) noexcept nogil:
-    """Set the cursor to the next buffer: `want`, since only looking tells how many there are; 0 is as none.
-
-    After a full burst the last descriptor of the next one is looked at for a while, and not the first: the driver is
-    writing those lines, and each look at them would take them away from it.
-    """
-    if ring.hold:
-        if want <= ring.num and not packed_is_available(ring, <uint16_t>(want - 1)):
-            ring.hold -= 1
-            return 0
+    """Set the cursor to the next buffer: `want`, since only looking tells how many there are."""
     cursor.taken = cursor.known = 0
     cursor.head = ring.avail_slot
     cursor.flags = ring.avail_flags
     return want
+
+cdef inline bint packed_ahead(packed_t* ring, uint16_t count) noexcept nogil:
+    """Whether `count` (up to num) slots are available, looking at the last of them alone."""
+    return packed_is_available(ring, <uint16_t>(count - 1))
 
 cdef inline void packed_prefetch(packed_t* ring, cursor_t* cursor, int count) noexcept nogil:
     """Bring the descriptors of the next `count` buffers on their way, if the last of them is there already.

@@ -14,6 +14,7 @@ from vq_core.arch cimport vq_store_release_u32
 from vq_core.counters cimport counters_t
 from vq_core.dirty cimport DirtyLog, dirty_mark, dirty_t
 from vq_core.handover cimport Mailbox, mailbox_t
+from vq_core.hold cimport hold_t
 from vq_core.memory cimport MemoryMap, memory_t, region_t
 from vq_core.notify cimport notify_signal
 from vq_core.packed cimport packed_t
@@ -59,6 +60,7 @@ cdef struct queue_t:
     uint32_t reported            # broken was told to the control thread
     uint64_t calls               # notifications sent
     uint64_t calls_suppressed    # and those that the driver did not want
+    hold_t hold                  # transmitq: whether the driver is being left alone
     counters_t counters
 
 cdef inline void queue_publish(queue_t* queue, bint packed, uint16_t position) noexcept nogil:

@@ -7,6 +7,7 @@ from vq_core.counters cimport counters_snapshot, counters_work
 from vq_core.dirty cimport DirtyLog
 from vq_core.epoll cimport EPOLLIN, epoll_move
 from vq_core.handover cimport handover_run
+from vq_core.hold cimport hold_end
 from vq_core.memory cimport MemoryMap, memory_user_translate
 from vq_core.notify cimport notify_signal
 from vq_core.packed cimport PACKED_WRAP_BITS, packed_has_more, packed_t
@@ -77,6 +78,7 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
         queue.indirect_limit = wanted.indirect_limit
         queue.broken = BROKEN_NOT
         queue.reported = 0
+        hold_end(&queue.hold)
         queue.started = True
     if what & CHANGE_MEMORY:
         _point(&queue.ring, &wanted.ring)

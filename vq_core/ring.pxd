@@ -7,13 +7,14 @@ Both layouts know a position: how many buffers were used since some beginning, m
 """
 from libc.stdint cimport uint16_t, uint32_t
 from vq_core.cursor cimport cursor_t
-from vq_core.packed cimport (packed_begin, packed_commit, packed_has_more, packed_is_full, packed_known, packed_look,
-                             packed_more, packed_needs_call, packed_position, packed_prefetch, packed_publish,
-                             packed_ready, packed_remember, packed_request_kick, packed_suppress_kicks, packed_t,
-                             packed_undecided, packed_use)
-from vq_core.split cimport (split_begin, split_commit, split_has_more, split_is_full, split_known, split_look,
-                            split_more, split_needs_call, split_position, split_prefetch, split_publish, split_ready,
-                            split_request_kick, split_suppress_kicks, split_t, split_undecided, split_use)
+from vq_core.packed cimport (packed_ahead, packed_begin, packed_commit, packed_has_more, packed_is_full, packed_known,
+                             packed_look, packed_more, packed_needs_call, packed_position, packed_prefetch,
+                             packed_publish, packed_ready, packed_remember, packed_request_kick,
+                             packed_suppress_kicks, packed_t, packed_undecided, packed_use)
+from vq_core.split cimport (split_ahead, split_begin, split_commit, split_has_more, split_is_full, split_known,
+                            split_look, split_more, split_needs_call, split_position, split_prefetch, split_publish,
+                            split_ready, split_request_kick, split_suppress_kicks, split_t, split_undecided,
+                            split_use)
 from vq_core.virtio cimport virtq_desc_t
 
 cdef struct ring_t:
@@ -24,6 +25,9 @@ cdef struct ring_t:
 
 cdef inline int ring_begin(ring_t* ring, bint packed, cursor_t* cursor, int want) noexcept nogil:
     return packed_begin(&ring.packed, cursor, want) if packed else split_begin(&ring.split, cursor, want)
+
+cdef inline bint ring_ahead(ring_t* ring, bint packed, uint16_t count) noexcept nogil:
+    return packed_ahead(&ring.packed, count) if packed else split_ahead(&ring.split, count)
 
 cdef inline void ring_prefetch(ring_t* ring, bint packed, cursor_t* cursor, int count) noexcept nogil:
     if packed:

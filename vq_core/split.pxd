@@ -67,6 +67,11 @@ cdef inline int split_ready(split_t* ring, int want) noexcept nogil:
     cdef int count = split_known(ring)
     return count if count >= want else split_available(ring)
 
+cdef inline bint split_ahead(split_t* ring, int count) noexcept nogil:
+    """Whether `count` buffers are there to take, or an impossible index is."""
+    cdef int ready = split_ready(ring, count)
+    return ready < 0 or ready >= count
+
 cdef inline int split_begin(split_t* ring, cursor_t* cursor, int want) noexcept nogil:
     """Set the cursor to the next buffer: how many there are (`want` and more are not looked for), -1 as above."""
     cdef int count = split_ready(ring, want)

@@ -10,10 +10,10 @@ from vq_core.counters cimport (DROP_DISABLED, DROP_MTU, DROP_NOT_CONNECTED, DROP
 from vq_core.cursor cimport cursor_t
 from vq_core.dirty cimport dirty_mark, dirty_mark_fenced
 from vq_core.handover cimport Mailbox, handover_run
+from vq_core.hold cimport hold_begin, hold_end, hold_on
 from vq_core.memory cimport memory_lost, memory_translate_near, memory_translate_part, region_t
 from vq_core.net cimport net_accepts, net_header_bytes, net_header_check, net_offers
 from vq_core.notify cimport notify_signal
-from vq_core.packed cimport PACKED_HOLD
 from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, PACKET_MAX, SEGMENTS_MAX, Port, burst_t, endpoint_t, packet_t)
 from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_ID,
                             BROKEN_LOOP, BROKEN_MEMORY_LOST, BROKEN_NOT, CHANGE_EPOLL, Queue, queue_apply, queue_break,
@@ -210,6 +210,8 @@ cdef inline int _pull_live(queue_t* queue, bint packed, uint32_t header_bytes, b
     cdef packet_t* packet = burst.packets
     cdef packet_t* end
     cdef uint8_t* host
+    if hold_on(&queue.hold, ring, packed, BURST_MAX):
+        return 0
     available = ring_begin(ring, packed, &cursor, limit)
     if available <= 0:
         _no_entries(queue, available)
@@ -260,9 +262,9 @@ cdef inline int _pull_live(queue_t* queue, bint packed, uint32_t header_bytes, b
             packet.wants = HEADER_IS_COPIED
             packet.mark = ring_position(ring, packed, &cursor)
             packet += 1
-    if packed and cursor.taken == BURST_MAX:
-        ring.packed.hold = PACKED_HOLD
     ring_commit(ring, packed, &cursor)
+    if cursor.taken == BURST_MAX:
+        hold_begin(&queue.hold)
     # Second pass: headers, each copied once.
     end = packet
     i = 0
@@ -314,8 +316,7 @@ cdef inline void _release_as(queue_t* queue, bint packed, burst_t* burst, int co
         position = ring_next_used(&queue.ring, packed)
     else:
         position = burst.packets[count - 1].mark
-        if packed:
-            queue.ring.packed.hold = 0       # released in parts: its driver waits for what comes around
+        hold_end(&queue.hold)            # released in parts: its driver waits for what comes around
     if queue.started and position != ring_shadow_used(&queue.ring, packed):
         queue_publish(queue, packed, position)
 
