@@ -12,9 +12,9 @@ from vq_core.packed cimport (packed_ahead, packed_begin, packed_commit, packed_h
                              packed_publish, packed_ready, packed_remember, packed_request_kick,
                              packed_suppress_kicks, packed_t, packed_undecided, packed_use)
 from vq_core.split cimport (split_ahead, split_begin, split_commit, split_has_more, split_is_full, split_known,
-                            split_look, split_more, split_needs_call, split_position, split_prefetch, split_publish,
-                            split_ready, split_request_kick, split_suppress_kicks, split_t, split_undecided,
-                            split_use)
+                            split_look, split_more, split_needs_call, split_position, split_prefetch,
+                            split_prefetch_used, split_publish, split_ready, split_request_kick, split_suppress_kicks,
+                            split_t, split_undecided, split_use)
 from vq_core.virtio cimport virtq_desc_t
 
 cdef struct ring_t:
@@ -34,6 +34,11 @@ cdef inline void ring_prefetch(ring_t* ring, bint packed, cursor_t* cursor, int 
         packed_prefetch(&ring.packed, cursor, count)
     else:
         split_prefetch(&ring.split, cursor, count)
+
+cdef inline void ring_prefetch_used(ring_t* ring, bint packed, int count) noexcept nogil:
+    """The next `count` used elements will be written one by one; a packed ring has them where its descriptors are."""
+    if not packed:
+        split_prefetch_used(&ring.split, count)
 
 cdef inline int ring_more(ring_t* ring, bint packed, cursor_t* cursor) noexcept nogil:
     return packed_more(&ring.packed, cursor) if packed else split_more(&ring.split, cursor)

@@ -14,8 +14,8 @@ Positions run freely modulo 2^16; a slot is position & mask. Invariants:
     next_head <= mask, whatever the driver says.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from vq_core.arch cimport (vq_fence, vq_load_acquire_u16, vq_load_u16, vq_prefetch, vq_snapshot16,
-                           vq_store_release_u16, vq_store_u16, vq_store_u64)
+from vq_core.arch cimport (vq_fence, vq_load_acquire_u16, vq_load_u16, vq_prefetch, vq_prefetch_write,
+                           vq_snapshot16, vq_store_release_u16, vq_store_u16, vq_store_u64)
 from vq_core.cursor cimport cursor_t
 from vq_core.virtio cimport (VIRTQ_AVAIL_F_NO_INTERRUPT, VIRTQ_USED_F_NO_NOTIFY, virtq_avail_t, virtq_desc_t,
                              virtq_used_t)
@@ -90,6 +90,12 @@ cdef inline void split_prefetch(split_t* ring, cursor_t* cursor, int count) noex
     for ahead in range(0, count, 4):
         vq_prefetch(&ring.desc[vq_load_u16(&ring.avail.ring[<uint16_t>(ring.last_avail_idx + ahead) & ring.mask])
                                & ring.mask])
+
+cdef inline void split_prefetch_used(split_t* ring, int count) noexcept nogil:
+    """Bring the next `count` used elements on their way, to be written; eight lie in a line."""
+    cdef int ahead
+    for ahead in range(0, count + 7, 8):
+        vq_prefetch_write(&ring.used.ring[<uint16_t>(ring.next_used + ahead) & ring.mask])
 
 cdef inline int split_more(split_t* ring, cursor_t* cursor) noexcept nogil:
     """Whether there is a buffer at the cursor: 1 or 0, looking anew behind what was known; -1 as above."""

@@ -20,8 +20,8 @@ from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, 
                             queue_change_t, queue_flush, queue_publish, queue_request_kick, queue_suppress_kicks,
                             queue_t)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_counts_slots, ring_has_more, ring_is_full, ring_known,
-                           ring_look, ring_more, ring_next_used, ring_position, ring_prefetch, ring_ready,
-                           ring_remember, ring_shadow_used, ring_t, ring_use)
+                           ring_look, ring_more, ring_next_used, ring_position, ring_prefetch,
+                           ring_prefetch_used, ring_ready, ring_remember, ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE,
                              gpa_t, has_feature, virtio_net_hdr_t, virtq_desc_t)
 
@@ -32,6 +32,7 @@ cdef enum:
     STEPS_PUSH = 4096            # descriptors walked by the slow path before a push ends (fairness)
     STEPS_PACKET = 65536         # descriptors walked for one push before the ring is broken
     HEADER_IS_COPIED = 0xffff    # packet.wants between the passes of a pull: the slow path has copied the header
+    EXPECT_MAX = 2048            # bytes of a payload: more lines than that a core cannot wait for at once
     ROOM_ENOUGH = 64             # buffers: more than anybody asks for at once (a burst, a worker's NEED_MAX)
 
 # Outcomes of the slow paths for one packet.
@@ -344,6 +345,13 @@ cdef inline void _put_header(uint8_t* host, virtio_net_hdr_t* header, uint32_t h
         vq_put_u16(host + 8, header.csum_offset)
 
 
+cdef inline void _expect_payload(uint8_t* host, uint32_t length) noexcept nogil:
+    """Bring the lines of a payload behind its first one on their way, to be written while the one before is copied."""
+    cdef uint32_t at
+    for at in range(64, min(length, <uint32_t>EXPECT_MAX), 64):
+        vq_prefetch_write(host + at)
+
+
 cdef inline void _put_payload(uint8_t* host, packet_t* packet) noexcept nogil:
     """Copy all segments of the packet to `host`, which has room for packet.length bytes."""
     cdef uint32_t i
@@ -536,6 +544,7 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
         return _push_refused(queue, packets, count)
     queue_suppress_kicks(queue, packed)
     ring_prefetch(ring, packed, &cursor, min(ready, count))
+    ring_prefetch_used(ring, packed, min(ready, count))
     frame_limit = pair.frame_limit
     while done < count:
         run = 0
@@ -558,6 +567,8 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
             run += 1
         packet = &packets[done]
         for j in range(run):
+            if j + 1 < run:
+                _expect_payload(hosts[j + 1] + header_bytes, packet[1].length)
             _put_header(hosts[j], &packet.header, header_bytes)
             _put_payload(hosts[j] + header_bytes, packet)
             total += packet.length
