@@ -22,6 +22,7 @@ from engine_rig import (
     IN_ORDER,
     INDIRECT,
     MRG_RXBUF,
+    PACKED,
     PAGE,
     VERSION_1,
     Arena,
@@ -29,6 +30,8 @@ from engine_rig import (
     pattern,
 )
 from vq_core.guest_memory import GuestMemory
+from vq_core.ports.null import NullPort
+from waiting import wait_for
 
 PACKET_MAX = 65553
 FEATURES = (
@@ -657,3 +660,43 @@ def test_a_disabled_transmitq_of_long_chains_costs_a_round_no_more_than_an_enabl
         assert harness.move(guest.port, 0, harness.Collect(), 0) == (0, 0)
         used.append(int(guest.transmitq.used_head[1]))
     assert used == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"), [(VERSION_1, 32), (VERSION_1, 256), (PACKED, 32), (PACKED, 33), (PACKED, 256)]
+)
+def test_a_driver_in_full_flow_is_left_alone_for_a_moment(harness: ModuleType, layout: int, size: int) -> None:
+    """What follows a full burst waits a little; not if it is as much again, nor when packets are released in parts."""
+    guest, null = Guest(layout, size=size), NullPort("null")
+
+    def move(**options: int) -> int:
+        return int(harness.move(guest.port, 0, null, 0, **options)[0])
+
+    def send(count: int) -> None:
+        guest.transmitq.poll()
+        for _ in range(count):
+            guest.send(bytes(64))
+        guest.transmitq.publish()
+
+    send(32)
+    assert move() == 32
+    send(5)
+    assert move() == 0
+    assert wait_for(move, 1) == 5
+    send(5)
+    assert move() == 5
+    if size == 256:
+        send(64)
+        assert [move(), move()] == [32, 32]
+    send(32)
+    assert wait_for(lambda: move(step=8), 1) == 32
+    send(5)
+    assert move() == 5
+    # A ring that starts anew starts without a past.
+    send(32)
+    assert move() == 32
+    base = guest.port.queues[1].stop()
+    guest.stop()
+    guest.start(base=base & 0xFFFF)
+    send(5)
+    assert move() == 5
