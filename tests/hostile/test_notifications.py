@@ -316,7 +316,7 @@ def test_a_ring_that_never_ends(
     """Line 43 (CVE-2020-14378): a ring that is refilled as fast as it is emptied; messages and the neighbour go on."""
     num = 32768 if what == "long chains" else 1024
     guest = connect(num=num)
-    # Packets wait for room in a ring that runs, and a packed ring that is overwritten all the time looks empty by turns.
+    # Packets wait for room in a ring that runs, and a packed ring that is always overwritten looks empty by turns.
     guest.stop(0)
     ring = guest.transmit
     guest.write(BUFFERS, bytes(12) + b"p" * 68)
