@@ -14,7 +14,8 @@ SHARED = re.compile(r"\bvq_(?:snapshot\w*|put_\w+)\s*\(")
 SHARED_FILES = {
     "vq_core/chain.pyx": "the copy of an indirect descriptor, the only one that is used",
     "vq_core/split.pxd": "the copy of a descriptor of the table, the only one that is used",
-    "vq_core/ports/vhost.pyx": "the virtio-net header in a guest's buffers",
+    "vq_core/ports/vhost_pull.pyx": "the copy of a virtio-net header, the only one that is used",
+    "vq_core/ports/vhost_push.pyx": "the virtio-net header in a guest's buffers",
     "vq_core/switch.pyx": "reads the addresses of a borrowed packet's Ethernet header",
     "vq_core/offload.pyx": "its own copy of a packet, at any alignment",
     "vq_core/ports/pcap_replay.pyx": "fields of a mapped capture file, which its owner may change",
@@ -34,7 +35,9 @@ CAST_FILES = {
     "vq_core/switch.pyx": "the table's words",
     "vq_core/packets.pxd": "payload of the driver's own buffers",
     "vq_core/traffic_engine.pyx": "payload of the driver's own buffers",
-    "vq_core/ports/vhost.pyx": "the private copy of a virtio-net header",
+    "vq_core/ports/vhost.pyx": "a Python bytes object",
+    "vq_core/ports/vhost_pull.pyx": "the private copy of a virtio-net header",
+    "vq_core/ports/vhost_push.pyx": "the private copy of a virtio-net header",
     "vq_core/ports/gen.pyx": "a Python bytes object",
     "vq_core/ports/pcap.pyx": "the mapping of a capture file",
 }

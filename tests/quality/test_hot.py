@@ -63,7 +63,7 @@ def test_no_python_in_hot_functions(path: Path) -> None:
 
 def test_the_way_of_a_packet_is_covered() -> None:
     stems = {path.stem for path in hot_functions().values()}
-    assert {"worker", "vhost", "split", "chain", "memory", "queue", "net"} <= stems
+    assert {"worker", "vhost_pull", "vhost_push", "split", "packed", "chain", "memory", "queue", "net"} <= stems
     assert len(hot_functions()) > 60
 
 

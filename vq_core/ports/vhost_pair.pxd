@@ -1,0 +1,48 @@
+"""A queue pair of a guest, and what pull and push have in common.
+
+Owner: the worker of the endpoint; the control thread changes a pair only by hand-over.
+"""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from vq_core.arch cimport vq_load_u32
+from vq_core.memory cimport memory_lost
+from vq_core.port cimport endpoint_t
+from vq_core.queue cimport BROKEN_AVAIL_IDX, BROKEN_ID, BROKEN_MEMORY_LOST, queue_break, queue_t
+
+cdef enum:
+    RARP_BYTES = 60
+    HEADER_MIN = 10
+    HEADER_MAX = 12
+
+# Outcomes of the slow paths for one packet.
+cdef enum:
+    DONE = 1
+    NO_ROOM = 0                  # not enough buffers now
+    BROKE = -1
+    BURST_FULL = -2
+    DROPPED = -3                 # and counted
+
+cdef struct pair_t:
+    endpoint_t* endpoint
+    queue_t* receiveq
+    queue_t* transmitq
+    uint32_t frame_limit             # longest frame towards the guest (NET_SET_MTU); segmentation is exempt
+    uint32_t rarp_pending            # a frame waits to be pulled as if the guest had sent it
+    uint8_t rarp[RARP_BYTES]
+
+cdef inline bint pair_lost(queue_t* queue) noexcept nogil:
+    """Whether the owner truncated guest memory or dirty log under us; looked at once a burst."""
+    return memory_lost(queue.memory) or (queue.log != NULL and vq_load_u32(&queue.log.lost) != 0)
+
+cdef inline void pair_no_entries(queue_t* queue, int available) noexcept nogil:
+    """Nothing to take: break the queue if the index is impossible, or reads as zero since its memory is gone."""
+    if pair_lost(queue):
+        queue_break(queue, BROKEN_MEMORY_LOST, 0)
+    elif available < 0:
+        queue_break(queue, BROKEN_AVAIL_IDX, queue.ring.split.shadow_avail_idx)
+
+cdef inline bint pair_id_is_wrong(queue_t* queue, bint packed, uint16_t id) noexcept nogil:
+    """Break a packed ring for a buffer id outside of it (the head of a split one is checked when it is read)."""
+    if packed and id >= queue.ring.num:
+        queue_break(queue, BROKEN_ID, id)
+        return True
+    return False
