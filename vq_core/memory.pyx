@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from vq_core.virtio cimport gpa_t, uva_t
 
+import errno
 import os
 import stat
 
@@ -25,7 +26,27 @@ cdef extern from "<sys/vfs.h>" nogil:
         long f_bsize
     int c_fstatfs "fstatfs"(int fd, c_statfs* buf) noexcept
 
+cdef enum:
+    TABLE_USUAL = 32             # regions: as many as one SET_MEM_TABLE can bring
+
 cdef uint64_t END = 0xffffffffffffffff
+
+
+def _mappings_max():
+    """How many mappings of peers this process takes: a quarter of what the kernel allows stays for everything else.
+
+    At the kernel's own limit (vm.max_map_count) nothing works any more: no thread starts, large allocations fail, and
+    the guard below cannot put anything in place of memory that was truncated.
+    """
+    try:
+        with open("/proc/sys/vm/max_map_count") as limit:
+            return int(limit.read()) // 4 * 3
+    except (OSError, ValueError):
+        return 49152
+
+
+cdef long _mappings_limit = _mappings_max()
+cdef long _mappings = 0          # of peers in this process; under the GIL
 
 
 cdef region_t* memory_find(memory_t* memory, gpa_t addr) noexcept nogil:
@@ -53,16 +74,29 @@ cdef uint8_t* memory_user_translate(memory_t* memory, uva_t addr, uint64_t lengt
     return NULL
 
 
+cdef int _check_room(long regions) except -1:
+    """Keep the last half of the room for tables of the usual size, so that nobody needs to go without memory."""
+    if regions > TABLE_USUAL and _mappings >= _mappings_limit // 2:
+        raise OSError(errno.ENOMEM, f"no memory table of {regions} regions: too many mappings in this process")
+    return 0
+
+
 cdef void* memory_guard(void* start, uint64_t bytes, uint32_t* flag) except? NULL:
+    global _mappings
+    if _mappings >= _mappings_limit:
+        raise OSError(errno.ENOMEM, f"too many mappings in this process: {_mappings}")
     if vq_guard_install() != 0:
         PyErr_SetFromErrno(OSError)
     cdef void* guard = vq_guard_add(start, bytes, flag)
     if guard == NULL:
         raise MemoryError("memory guard")
+    _mappings += 1
     return guard
 
 
 cdef void memory_unguard(void* guard) noexcept:
+    global _mappings
+    _mappings -= 1
     vq_guard_remove(guard)
 
 
@@ -110,7 +144,8 @@ cdef class MemoryMap:
     ValueError
         A region is empty, overflows, overlaps another, or is larger than its file.
     OSError
-        mmap refused the file (for instance a read-only descriptor).
+        mmap refused the file (for instance a read-only descriptor), or the peers of this process have too many
+        mappings already (ENOMEM).
 
     Notes
     -----
@@ -124,6 +159,7 @@ cdef class MemoryMap:
         if not regions or self._mappings is not None:
             raise ValueError("a memory table has at least one region, and a map is never changed")
         _check_table([region[:3] for region in regions])
+        _check_room(len(regions))
         self._fill([_map(region, self._flag) for region in regions])
 
     cdef int _fill(self, list mappings) except -1:
@@ -153,6 +189,7 @@ cdef class MemoryMap:
         cdef MemoryMap result
         region = tuple(int(field) for field in region)
         _check_table([(<_Mapping>mapping).key for mapping in self._mappings] + [region[:3]])
+        _check_room(len(self._mappings) + 1)
         result = MemoryMap.__new__(MemoryMap)
         result._flag = self._flag
         result._fill(self._mappings + [_map(region, self._flag)])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vq_core
 from vq_core.dirty import DirtyLog
 from vq_core.memory import MemoryMap
 
@@ -125,3 +129,67 @@ def test_maps_and_logs_are_released_whatever_thread_drops_them(memfd):
 def test_bad_logs_are_refused(memfd, size, offset):
     with pytest.raises(ValueError, match="dirty log"):
         DirtyLog(memfd, size, offset)
+
+
+GREEDY = """
+import os, threading
+from vq_core.dirty import DirtyLog
+from vq_core.memory import MemoryMap
+from vq_core.queue import Queue
+
+def memfd(size):
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, size)
+    return fd
+
+def table(count):
+    return [(number << 20, 4096, number << 20, number % 2 << 13, greedy) for number in range(count)]
+
+def fill(count):
+    taken = []
+    try:
+        while True:
+            taken.append(MemoryMap(table(count)))
+    except OSError:
+        return taken
+
+greedy, honest = memfd(4 << 12), memfd(1 << 20)
+memory = MemoryMap([(0, 1 << 20, 0, 0, honest)])
+large = fill(509)
+try:
+    MemoryMap(table(32)).plus((1 << 40, 4096, 1 << 40, 0, greedy))
+except OSError as error:
+    print("a large table:", error.strerror)
+usual = fill(32) + fill(1)
+print("room for usual tables:", len(usual) > 512)
+for make in (lambda: MemoryMap(table(1)), lambda: DirtyLog(greedy, 4096, 0)):
+    try:
+        make()
+    except OSError as error:
+        print(error.strerror)
+thread = threading.Thread(target=lambda: None)
+thread.start()
+thread.join()
+os.ftruncate(honest, 0)
+Queue(0, "queue").start(memory, 16, 0, 0x1000, 0x2000, 0, 1 << 32)
+print("lost:", memory.lost)
+del usual[-1], large[0]
+print("again:", len(fill(1)))
+"""
+
+
+def test_mappings_of_greedy_peers_leave_room_for_everybody_else():
+    """At the kernel's limit no thread starts, and truncated memory ends the process."""
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if limit > 200000:
+        pytest.skip("so many mappings take too long")
+    environment = os.environ | {"PYTHONPATH": str(Path(vq_core.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", GREEDY], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "a large table: no memory table of 33 regions: too many mappings in this process",
+        "room for usual tables: True",
+        *[f"too many mappings in this process: {limit // 4 * 3}"] * 2,
+        "lost: True",
+        "again: 510",
+    ]

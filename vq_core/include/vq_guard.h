@@ -17,12 +17,14 @@
 
 typedef struct vq_guard_node {
     struct vq_guard_node *next;
+    struct vq_guard_node *next_free; /* under the lock; the handler does not look at it */
     uintptr_t start; /* 0: free for reuse */
     uintptr_t end;
     uint32_t *flag;
 } vq_guard_node;
 
 static vq_guard_node *vq_guard_list;
+static vq_guard_node *vq_guard_free;
 static pthread_mutex_t vq_guard_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct sigaction vq_guard_previous;
 static int vq_guard_installed;
@@ -71,10 +73,13 @@ static int vq_guard_install(void) {
 /* Guards [start, start + bytes); returns a handle for vq_guard_remove, or NULL without memory. */
 static void *vq_guard_add(void *start, uint64_t bytes, uint32_t *flag) {
     pthread_mutex_lock(&vq_guard_lock);
-    vq_guard_node *node = vq_guard_list;
-    while (node && node->start) node = node->next;
+    vq_guard_node *node = vq_guard_free;
     int fresh = node == NULL;
-    if (fresh) node = (vq_guard_node *)calloc(1, sizeof *node);
+    if (fresh) {
+        node = (vq_guard_node *)calloc(1, sizeof *node);
+    } else {
+        vq_guard_free = node->next_free;
+    }
     if (node) {
         node->flag = flag;
         __atomic_store_n(&node->end, (uintptr_t)start + bytes, __ATOMIC_RELEASE);
@@ -90,8 +95,11 @@ static void *vq_guard_add(void *start, uint64_t bytes, uint32_t *flag) {
 
 /* Ends the guard; comes before munmap, after every worker has left the map. */
 static void vq_guard_remove(void *slot) {
+    vq_guard_node *node = (vq_guard_node *)slot;
     pthread_mutex_lock(&vq_guard_lock);
-    __atomic_store_n(&((vq_guard_node *)slot)->start, (uintptr_t)0, __ATOMIC_RELEASE);
+    __atomic_store_n(&node->start, (uintptr_t)0, __ATOMIC_RELEASE);
+    node->next_free = vq_guard_free;
+    vq_guard_free = node;
     pthread_mutex_unlock(&vq_guard_lock);
 }
 
