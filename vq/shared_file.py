@@ -2,8 +2,8 @@
 
 Looking at a file, mapping it and touching its pages can take as long as the file system likes, and a file system in
 user space or on a network likes what its server likes, which may be the front-end. So a file is taken when the kernel
-alone holds its pages: memfd, tmpfs and hugetlbfs, or a file system on a local disk. All this is found without asking
-the file system itself anything.
+alone holds its pages: memfd, tmpfs and hugetlbfs, or a file system known to lie on local disks (devtmpfs: /dev/dax).
+All this is found without asking the file system itself anything.
 
 Spec: vhost-user, "Memory regions description".
 """
@@ -18,7 +18,8 @@ from vq.errors import FrontendError
 
 __all__ = ["check_memory_file"]
 
-SERVED: Final = ("9p", "afs", "ceph", "cifs", "fuse", "nfs", "smb", "virtiofs")
+ON_DISK: Final = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "xfs", "zfs")
+IN_MEMORY: Final = ("devtmpfs", "hugetlbfs", "ramfs", "rootfs", "tmpfs")
 REMEDY: Final = "share memory from a memfd, tmpfs or hugetlbfs"
 
 
@@ -35,8 +36,8 @@ def check_memory_file(request: str, fd: int) -> None:
     Raises
     ------
     FrontendError
-        It is no file, or its file system is served by a program or another machine, or is one that this process
-        does not see.
+        It is no file, or its file system is not known to be local: it may be served by a program or another machine.
+        So is one that this process does not see.
     """
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -47,7 +48,7 @@ def check_memory_file(request: str, fd: int) -> None:
     if kind is None:
         what = os.readlink(f"/proc/self/fd/{fd}").partition(":")[0]
         raise FrontendError(request, "memory file", f"of an unknown file system ({what})", REMEDY)
-    if kind.startswith(SERVED):
+    if kind not in ON_DISK + IN_MEMORY:
         raise FrontendError(request, "memory file", f"on a {kind} file system, which may keep us waiting", REMEDY)
 
 

@@ -21,6 +21,7 @@ from vhost_rig import (
     region,
 )
 from vq import effects as e
+from vq import shared_file
 from vq.errors import FrontendError
 from vq.message import Request
 from vq.payload import Log, Region
@@ -207,4 +208,18 @@ def test_what_is_no_file_is_no_memory(ready: Peer, kind: str) -> None:
         fd = socket.socket().detach()
     with pytest.raises(FrontendError, match="memory file is of an unknown file system"):
         ready.say(R.ADD_MEM_REG, region(1 << 40, PAGE, 1 << 41), [fd])
+    os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["9p", "ceph", "fuse.sshfs", "fuseblk", "lustre", "nfs4", "virtiofs", "unheard-of"])
+def test_only_file_systems_known_to_be_local_hold_memory(
+    ready: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(shared_file, "_file_system", lambda fd: kind)
+    (tmp_path / "memory").write_bytes(bytes(PAGE))
+    fd = os.open(tmp_path / "memory", os.O_RDWR)
+    with pytest.raises(FrontendError, match=f"memory file is on a {kind} file system"):
+        ready.say(R.ADD_MEM_REG, region(1 << 40, PAGE, 1 << 41), [fd])
+    monkeypatch.setattr(shared_file, "_file_system", lambda fd: "xfs")
+    shared_file.check_memory_file("ADD_MEM_REG", fd)
     os.close(fd)
