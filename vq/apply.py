@@ -14,7 +14,6 @@ from vq.device import Device
 from vq.errors import FrontendError
 from vq_core.dirty import DirtyLog
 from vq_core.memory import MemoryMap
-from vq_core.notify import signal
 
 __all__ = ["Applier"]
 
@@ -63,6 +62,11 @@ class Applier:
         """Whether the front-end has truncated a file that is in use: memory or dirty log."""
         return any(shared is not None and shared.lost for shared in (self.memory, self.log))
 
+    @property
+    def muted(self) -> bool:
+        """Whether the front-end makes signals to it last."""
+        return any(queue.muted for queue in self.device.queues)
+
     # -- memory --
 
     def _set_memory(self, effect: e.SetMemory) -> None:
@@ -99,7 +103,7 @@ class Applier:
                 base = int(queue.stop())
                 if not broken:  # a ring that its driver has broken waits for the front-end to stop it
                     self.waiting[index] = base
-                self._signal(ring.err_fd)
+                queue.signal(ring.err_fd)
                 self.changed()
         self.memory = memory
         for index in list(self.waiting):
@@ -153,12 +157,7 @@ class Applier:
             self.rings[index] = replace(self.rings[index], **fds)
 
     def _signal_err(self, effect: e.SignalErr) -> None:
-        self._signal(effect.fd)
-
-    @staticmethod
-    def _signal(fd: int | None) -> None:
-        if fd is not None:
-            signal(fd)
+        self.device.queues[effect.index].signal(effect.fd)
 
     def _kick(self, effect: e.Kick) -> None:
         """A kick that came as a message: re-installing the kick descriptor makes the worker look again."""

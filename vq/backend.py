@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 MESSAGES_MAX: Final = 64  # served in one go, so that one front-end's flood does not delay the others
 UNPOSTED_S: Final = 4.0  # Linux fills its receive ring as soon as the interface is up
 UNCLOSED_MAX: Final = 64  # descriptors of one front-end that hang in close()
+SENTENCE_S: Final = 30.0  # until a front-end may come after one that held us up
 PAUSE_S: Final = 0.1  # until the next accept after one that failed for want of descriptors
 WARNINGS_MAX: Final = 10  # of one device at once; one more each second
 
@@ -161,12 +162,16 @@ class Backend:
             elif self._connection is not None and fd == self._connection.fileno():
                 self._serve(self._connection, events)
 
-    def check_memory(self) -> None:
-        """End the connection if its owner truncated the memory or the dirty log under us."""
+    def check(self) -> None:
+        """End the connection if the front-end truncated memory or dirty log under us, or makes signals to it last."""
         if self._applier is not None and self._applier.lost:
             reason = "the front-end truncated the memory that it shares; keep memory files at their size"
             self.warn(reason)
             self._end(reason)
+        elif self._applier is not None and self._applier.muted:
+            self._end("too many wait for the front-end's call or err descriptors")
+            reason = f"signals to the front-end took too long; none may come for {SENTENCE_S:.0f} s"
+            self._look_away(reason, SENTENCE_S)
 
     def warn(self, text: str) -> None:
         """Log what a peer or guest did wrong; one that does it again and again does not fill the log.
@@ -256,12 +261,13 @@ class Backend:
             return
         self._begin(connection)
 
-    def _look_away(self, reason: str) -> None:
+    def _look_away(self, reason: str, pause: float = PAUSE_S) -> None:
         """Do not accept for a moment: the connection that waits would wake us again at once."""
-        assert self._listener is not None
         self.warn(reason)
-        self._epoll.unregister(self._listener.fileno())
-        self._timer.set(PAUSE_S)
+        if self._listener is not None:
+            with suppress(FileNotFoundError):  # we look away already
+                self._epoll.unregister(self._listener.fileno())
+        self._timer.set(pause)
 
     def _on_timer(self) -> None:
         if self._connector is not None and self._connection is None:
@@ -283,6 +289,8 @@ class Backend:
         self._connection = connection
         self._applier = Applier(self.device, self._changed, self.warn)
         self._session = Session(self.device.offer, self._applier)
+        for queue in self.device.queues:
+            queue.unmute()
         self._unposted_since = None
         self._told_unposted = False
         self.connections += 1
@@ -327,7 +335,7 @@ class Backend:
                         limit = f"at most {UNCLOSED_MAX} may take long"
                         raise FrontendError(message.name, "fds that cannot be closed", self._reaper.busy, limit)
             self._epoll.modify(connection.fileno(), select.EPOLLIN | (select.EPOLLOUT if connection.wants_write else 0))
-            self.check_memory()
+            self.check()
         except ConnectionClosed as end:
             self._end(str(end))
         except PeerError as error:

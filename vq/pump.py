@@ -249,7 +249,7 @@ class Pump:
         self._settle()
 
     def _report(self) -> None:
-        """Say which guests broke a queue, end the connections whose memory is gone, and plan without what is done."""
+        """Say which guests broke a queue, end connections that cannot go on, and plan without what is done."""
         self._replan = True
         for backend in self._visited:
             for queue in backend.device.queues:
@@ -257,7 +257,7 @@ class Pump:
                 if report is not None:
                     head, cause, section = report
                     backend.warn(str(GuestError(queue.index, head, f"({queue.name}) {cause}", section)))
-            backend.check_memory()
+            backend.check()
 
     def _drained(self) -> bool:
         before = [port.port.snapshot() for port in self.ports]

@@ -10,7 +10,7 @@ cdef extern from "<time.h>" nogil:
         timespec it_interval
         timespec it_value
     int c_clock_gettime "clock_gettime"(int clock, timespec* now) noexcept
-    int CLOCK_MONOTONIC, CLOCK_REALTIME
+    int CLOCK_MONOTONIC, CLOCK_REALTIME, CLOCK_THREAD_CPUTIME_ID
 
 cdef extern from "<sys/timerfd.h>" nogil:
     int c_timerfd_create "timerfd_create"(int clock, int flags) noexcept

@@ -7,9 +7,11 @@ two microseconds more than a write, which a queue pays only when its driver aske
 Where the kernel or a sandbox has no asynchronous I/O a plain write is left, on a descriptor that was made O_NONBLOCK.
 """
 from libc.errno cimport EAGAIN, EINVAL, errno
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
-from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_pause, vq_store_release_u32
+from vq_core.arch cimport (vq_exchange_u32, vq_load_acquire_u32, vq_load_u32, vq_load_u64, vq_pause,
+                           vq_store_release_u32, vq_store_u64)
+from vq_core.clock cimport CLOCK_THREAD_CPUTIME_ID, clock_now
 
 import os
 
@@ -44,6 +46,9 @@ cdef enum:
     AIO_RING_MAGIC = 0xa10a10a1
     REQUESTS = 64
     TRIES = 1000
+    LONG_NS = 100000             # of the processor for one signal: no honest peer's waiters need as much
+    QUICK_NS = 1000              # that a signal which takes less makes up for
+    SPENT_MAX_NS = 100000000
 
 cdef aio_context_t _context = 0
 cdef ring_t* _ring = NULL
@@ -86,6 +91,28 @@ cdef void notify_signal(int fd) noexcept nogil:
             return                   # a closed descriptor
     # Not an eventfd: a pipe, which the control plane has opened anew for us alone, without waiting.
     c_write(fd, &one, 8)
+
+
+cdef bint notify_measured(peer_t* peer, int fd) noexcept nogil:
+    cdef int64_t began
+    cdef uint64_t took, spent
+    if vq_load_u32(&peer.muted):
+        return False
+    began = clock_now(CLOCK_THREAD_CPUTIME_ID)
+    notify_signal(fd)
+    took = <uint64_t>(clock_now(CLOCK_THREAD_CPUTIME_ID) - began)
+    # Two workers may come here at once, and then one sum is forgotten.
+    spent = vq_load_u64(&peer.spent_ns)
+    if took < LONG_NS:
+        if spent:
+            vq_store_u64(&peer.spent_ns, spent - min(spent, <uint64_t>QUICK_NS))
+        return False
+    spent += took
+    vq_store_u64(&peer.spent_ns, spent)
+    if spent < SPENT_MAX_NS:
+        return False
+    vq_store_release_u32(&peer.muted, 1)
+    return True
 
 
 def signal(int fd):

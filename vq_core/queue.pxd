@@ -10,13 +10,12 @@ hot path asks: started, enabled and not broken. A guest that breaks its ring mak
 thread is told by `report_fd`. Everyone else's traffic goes on.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from vq_core.arch cimport vq_store_release_u32
 from vq_core.counters cimport counters_t
 from vq_core.dirty cimport DirtyLog, dirty_mark, dirty_t
 from vq_core.handover cimport Mailbox, mailbox_t
 from vq_core.hold cimport hold_t
 from vq_core.memory cimport MemoryMap, memory_t, region_t
-from vq_core.notify cimport notify_signal
+from vq_core.notify cimport notify_peer, peer_t
 from vq_core.packed cimport packed_t
 from vq_core.ring cimport (ring_needs_call, ring_publish, ring_request_kick, ring_suppress_kicks, ring_t,
                            ring_undecided)
@@ -37,6 +36,7 @@ cdef enum:
     BROKEN_MEMORY_LOST = 9       # the owner truncated the memory under us
     BROKEN_DIRECTION = 10        # no device-readable (transmitq) or no device-writable (receiveq) descriptor
     BROKEN_ID = 11               # packed: buffer id outside the ring
+    BROKEN_SIGNAL = 12           # call fd that takes too long to signal
 
 cdef struct queue_t:
     ring_t ring
@@ -54,6 +54,7 @@ cdef struct queue_t:
     int kick_fd
     int err_fd
     int report_fd                # the control thread's eventfd; -1: nobody listens
+    peer_t* peer                 # never NULL
     int epoll_fd                 # the worker's, where kick_fd is watched; -1: no worker
     uint32_t broken              # one of BROKEN_*
     uint32_t broken_at           # the head (or available index) in question
@@ -112,24 +113,19 @@ cdef inline void queue_request_kick(queue_t* queue) noexcept nogil:
             event = 4 + 8 * <uint64_t>queue.ring.num
         dirty_mark(queue.log, queue.log_guest_addr + event, 4 if queue.ring.is_packed else 2)
 
+# Stop the queue for good (until its ring is stopped): bad input of the guest, or a peer that makes signals last.
+cdef void queue_break(queue_t* queue, uint32_t cause, uint32_t head) noexcept nogil
+
 cdef inline void queue_flush(queue_t* queue) noexcept nogil:
     """Call the driver if it wants to know of what was published since the last flush."""
     if not ring_undecided(&queue.ring, queue.ring.is_packed):
         return
     if ring_needs_call(&queue.ring, queue.ring.is_packed):
         queue.calls += 1
-        notify_signal(queue.call_fd)
+        if notify_peer(queue.peer, queue.call_fd):
+            queue_break(queue, BROKEN_SIGNAL, 0)
     else:
         queue.calls_suppressed += 1
-
-cdef inline void queue_break(queue_t* queue, uint32_t cause, uint32_t head) noexcept nogil:
-    """Stop the queue for good (until its ring is stopped): bad input of the guest."""
-    if queue.broken == BROKEN_NOT:
-        queue.live = False
-        queue.broken_at = head
-        vq_store_release_u32(&queue.broken, cause)   # pairs with the acquire in Queue.poll_report
-        notify_signal(queue.err_fd)
-        notify_signal(queue.report_fd)
 
 # What the control thread wants changed; applied at a burst boundary.
 cdef enum:
@@ -149,8 +145,13 @@ cdef struct queue_change_t:
 
 cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil
 
+cdef class Peer:
+    """What the queues of one front-end have in common."""
+    cdef peer_t peer
+
 cdef class Queue:
     cdef queue_t queue
+    cdef Peer _peer              # what `queue.peer` points to
     cdef readonly int index
     cdef readonly str name
     cdef Mailbox mailbox         # of the owning worker; None: nobody

@@ -2,14 +2,14 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_load_u16
+from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_load_u16, vq_load_u32, vq_store_release_u32
 from vq_core.counters cimport counters_snapshot, counters_work
 from vq_core.dirty cimport DirtyLog
 from vq_core.epoll cimport EPOLLIN, epoll_move
 from vq_core.handover cimport handover_run
 from vq_core.hold cimport hold_end
 from vq_core.memory cimport MemoryMap, memory_user_translate
-from vq_core.notify cimport notify_signal
+from vq_core.notify cimport notify_peer, notify_signal, peer_t
 from vq_core.packed cimport PACKED_WRAP_BITS, packed_has_more, packed_t
 from vq_core.port cimport BURST_MAX
 from vq_core.split cimport split_t
@@ -32,6 +32,7 @@ BROKEN_CAUSES = (
     ("guest memory or dirty log was truncated by its owner", "vhost-user, SET_MEM_TABLE and SET_LOG_BASE"),
     ("descriptor chain without a buffer in the direction of the queue", "VIRTIO 1.3, 5.1.6"),
     ("buffer id outside queue_size", "VIRTIO 1.3, 2.8"),
+    ("call descriptor takes too long to signal: too many wait for it", "vhost-user, SET_VRING_CALL"),
 )
 
 if (sizeof(virtq_desc_t), sizeof(virtq_used_elem_t), sizeof(virtq_packed_desc_t), sizeof(virtq_packed_event_t),
@@ -48,6 +49,15 @@ cdef void _point(ring_t* ring, ring_t* wanted) noexcept nogil:
     ring.packed.driver_event = wanted.packed.driver_event
     ring.packed.device_event = wanted.packed.device_event
     ring.packed.desc_addr = wanted.packed.desc_addr
+
+
+cdef void queue_break(queue_t* queue, uint32_t cause, uint32_t head) noexcept nogil:
+    if queue.broken == BROKEN_NOT:
+        queue.live = False
+        queue.broken_at = head
+        vq_store_release_u32(&queue.broken, cause)   # pairs with the acquire in Queue.poll_report
+        notify_peer(queue.peer, queue.err_fd)
+        notify_signal(queue.report_fd)
 
 
 cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
@@ -149,6 +159,8 @@ cdef class Queue:
     batches : bool
         The device writes into no buffer of this queue, so that with IN_ORDER a whole batch may be given back by one
         used element (VIRTIO 1.3, 2.7.9 and 2.8.7).
+    peer : Peer, optional
+        Shared by the queues of one front-end; see `muted`.
 
     Notes
     -----
@@ -158,8 +170,10 @@ cdef class Queue:
     Spec: vhost-user "Ring states", VIRTIO 1.3, 2.7.
     """
 
-    def __cinit__(self, int index, str name, report_fd=None, bint batches=False):
+    def __cinit__(self, int index, str name, report_fd=None, bint batches=False, Peer peer=None):
         memset(&self.queue, 0, sizeof(queue_t))
+        self._peer = Peer() if peer is None else peer
+        self.queue.peer = &self._peer.peer
         self._batches = batches
         self.index = index
         self.name = name
@@ -364,7 +378,20 @@ cdef class Queue:
         change.wanted.call_fd = _fd(fd)
         self._change(&change)
         if self.queue.started:
-            notify_signal(change.wanted.call_fd)
+            notify_peer(&self._peer.peer, change.wanted.call_fd)
+
+    def signal(self, fd):
+        """Signal a descriptor of the front-end once, unless that is muted."""
+        notify_peer(&self._peer.peer, _fd(fd))
+
+    def unmute(self):
+        """There is another front-end now, for this queue and those that share its peer."""
+        memset(&self._peer.peer, 0, sizeof(peer_t))
+
+    @property
+    def muted(self):
+        """bool: the front-end lets so many wait for its descriptors that signals hold us up; it gets no more."""
+        return vq_load_u32(&self._peer.peer.muted) != 0
 
     def set_err(self, fd):
         """Replace the err descriptor."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,8 @@ from hostile.conftest import Connect, every_layout
 from hostile.guest import CALL, INDIRECT, KICK, NEXT, PLAIN, WRITE, A, Guest
 from hostile.process import Host, Neighbour, wait_until
 from vq import virtio as v
+from vq.errors import BackendError, VqError
+from vq.frontend import Frontend
 from vq.message import Request
 
 EVENT = PLAIN | v.mask(v.VIRTIO_F_EVENT_IDX)
@@ -296,6 +300,55 @@ def test_full_call_pipe(neighbour: Neighbour, guest: Guest) -> None:
         os.close(reading)
         os.close(writing)
     neighbour.check()
+
+
+@contextmanager
+def awaited(fd: int, duplicates: int, polls: int) -> Iterator[None]:
+    """Let so many epoll entries wait for a descriptor: each of them is woken by whoever signals it."""
+    with ExitStack() as ending:
+        fds = [os.dup(fd) for _ in range(duplicates)]
+        for copy in fds:
+            ending.callback(os.close, copy)
+        for _ in range(polls):
+            poll = ending.enter_context(select.epoll())
+            for copy in fds:
+                poll.register(copy, select.EPOLLIN | select.EPOLLET)
+        yield
+
+
+@pytest.mark.checklist(5, 41)
+@pytest.mark.parametrize("which", ["call", "err", "new call"])
+def test_signals_that_wake_a_crowd(tmp_path: Path, which: str) -> None:
+    """Lines 5, 41: each call wakes all who wait for its descriptor, in our time; when it adds up, there are no more."""
+    host = Host(tmp_path)
+    neighbour = Neighbour(host.neighbour_path)
+    neighbour.check()
+    guest = Guest(host)
+    fd = guest.err_fds[1] if which == "err" else guest.transmitq.call_fd
+    guest.write(BUFFERS, bytes(12) + b"p" * 68)
+
+    def send() -> bool:
+        with suppress(OSError, VqError):
+            if which == "err" and guest.errors(1):
+                guest.restart(1)
+            elif which == "new call":
+                guest.frontend.send(CALL, (1).to_bytes(8, "little"), [fd])
+        guest.transmit.put(0, BUFFERS, 80, NEXT if which == "err" else 0, NUM)
+        guest.transmit.offer(0)
+        guest.kick(1)
+        return host.port()["state"] == "listening"
+
+    with awaited(fd, 1000, 50):
+        neighbour.slowest = 0.0
+        wait_until("the front-end is shown out", send)
+    neighbour.check()
+    assert neighbour.slowest < 0.25
+    with closing(Frontend.connect(host.path, timeout=0.1)) as again, pytest.raises(BackendError, match="time is over"):
+        again.request(Request.GET_FEATURES)
+    assert "Traceback" not in host.messages
+    guest.close()
+    neighbour.close()
+    assert host.close() == 0
 
 
 # -- line 43 --

@@ -9,7 +9,7 @@ from vq_core.port cimport ARM_PULL, ARM_PUSH, Port, endpoint_t
 from vq_core.ports.vhost_pair cimport RARP_BYTES, pair_lost, pair_t
 from vq_core.ports.vhost_pull cimport vhost_pull, vhost_release
 from vq_core.ports.vhost_push cimport vhost_push, vhost_room
-from vq_core.queue cimport (BROKEN_NOT, CHANGE_EPOLL, Queue, queue_apply, queue_change_t, queue_flush,
+from vq_core.queue cimport (BROKEN_NOT, CHANGE_EPOLL, Peer, Queue, queue_apply, queue_change_t, queue_flush,
                             queue_request_kick, queue_t)
 from vq_core.ring cimport ring_has_more, ring_known
 
@@ -96,6 +96,7 @@ cdef class VhostPort(Port):
     def __cinit__(self, name, int pairs, report_fd=None):
         cdef int i
         cdef Queue receiveq, transmitq
+        cdef Peer peer = Peer()
         cdef endpoint_t* endpoint
         if not 1 <= pairs <= 128:
             raise ValueError(f"{name}: {pairs} queue pairs; 1 to 128 are possible")
@@ -106,8 +107,8 @@ cdef class VhostPort(Port):
             raise MemoryError("queue pairs")
         queues = []
         for i in range(pairs):
-            receiveq = Queue(2 * i, f"receiveq{i}", report_fd)
-            transmitq = Queue(2 * i + 1, f"transmitq{i}", report_fd, batches=True)
+            receiveq = Queue(2 * i, f"receiveq{i}", report_fd, peer=peer)
+            transmitq = Queue(2 * i + 1, f"transmitq{i}", report_fd, batches=True, peer=peer)
             queues += [receiveq, transmitq]
             endpoint = self.endpoints[i]
             self.pairs[i].endpoint = endpoint
