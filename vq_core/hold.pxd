@@ -5,7 +5,7 @@ its index, or the descriptors that follow. Each look takes them away from it, an
 what is won. So the ring is left alone for a moment, until the driver is some bursts ahead or has paused.
 
 Nothing waits here: the worker serves its other queues meanwhile. A packet is late by HOLD_LOOKS * HOLD_CYCLES at most,
-three or four microseconds, and only behind a full burst.
+three or four microseconds, and only behind a full burst; or by one round, if other queues make that last longer.
 """
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from vq_core.arch cimport vq_cycles, vq_pause
@@ -18,13 +18,12 @@ cdef enum:
     HOLD_PAUSES = 4              # a round: the driver may run on the other thread of this core
 
 cdef struct hold_t:
-    uint64_t look_at             # time stamp of the next look; 0: at once
+    uint64_t looked_at           # time stamp of the last look, if there was one
     uint32_t looks               # that are left; 0: nothing is held back
 
 cdef inline void hold_begin(hold_t* hold) noexcept nogil:
     """There was a full burst."""
     hold.looks = HOLD_LOOKS
-    hold.look_at = 0
 
 cdef inline void hold_end(hold_t* hold) noexcept nogil:
     """The driver waits for what it has sent: take whatever there is."""
@@ -32,20 +31,21 @@ cdef inline void hold_end(hold_t* hold) noexcept nogil:
 
 cdef inline bint hold_on(hold_t* hold, ring_t* ring, bint packed, uint16_t burst) noexcept nogil:
     """Whether to leave the ring alone in this round; not if `burst` buffers, the next full burst, are there at once."""
-    cdef uint64_t now
+    cdef uint64_t now, since = 0
     cdef uint16_t wanted = burst
     if hold.looks == 0:
         return False
     now = vq_cycles()
-    if now < hold.look_at:
-        for _ in range(HOLD_PAUSES):
-            vq_pause()
-        return True
-    if hold.look_at != 0:
+    if hold.looks < HOLD_LOOKS:
+        since = now - hold.looked_at     # wraps, and so ends the wait, where the counter was set back
+        if since < HOLD_CYCLES:
+            for _ in range(HOLD_PAUSES):
+                vq_pause()
+            return True
         wanted = max(<uint16_t>1, min(<uint16_t>HOLD_AHEAD, <uint16_t>(ring.num >> 1)))
-    if wanted <= ring.num and ring_ahead(ring, packed, wanted):
+    if since >= HOLD_LOOKS * HOLD_CYCLES or (wanted <= ring.num and ring_ahead(ring, packed, wanted)):
         hold.looks = 0
         return False
     hold.looks -= 1
-    hold.look_at = now + HOLD_CYCLES
+    hold.looked_at = now
     return hold.looks != 0
