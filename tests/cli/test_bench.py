@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vq.bench.cells import DIRECTIONS
 from vq.bench.settings import AXES
 
 COMMAND = [sys.executable, "-m", "vq", "bench"]
@@ -173,6 +174,17 @@ def test_help_is_complete() -> None:
         assert word in out, word
     for command in ("throughput", "latency", "sweep", "peers", "tune"):
         assert f"Usage: vq bench {command}" in bench(command, "--help").stdout
+
+
+def test_help_of_a_part_has_what_it_takes() -> None:
+    assert "AXIS=VALUES" not in bench("peers", "--help").stdout
+    peers = bench("peers", "--help").stdout
+    assert all(f"  {name} " in peers for name in DIRECTIONS)
+    tune = bench("tune", "--help").stdout
+    assert "Usage: vq bench tune [AXIS=VALUES...] [OPTIONS]" in tune
+    assert all((f"  {name} " in tune) is (name not in ("size", "pause")) for name in AXES)
+    assert "  window " not in bench("latency", "--help").stdout
+    assert "microseconds between two packets" in bench("latency", "--help").stdout
 
 
 def test_nothing_heavy_is_loaded_for_help() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -60,7 +61,26 @@ def test_help_of_pump_hangs_its_wrapped_lines(columns: int) -> None:
 def test_help_of_demo_says_what_it_does() -> None:
     text = " ".join(call("demo", "--help").stdout.split())
     assert "Send numbered packets through a vhost-user socket and shared memory, and check every one." in text
-    assert "exit codes 130 and 143" in text
+    assert "exit codes 130, 143 and 129" in text
+    assert "Processors of the driver and of the engine" in text  # in the order that run_demo takes
+
+
+def test_help_names_the_exit_code_of_each_signal() -> None:
+    text = " ".join(call("--help").stdout.split())
+    assert "129, 130 and 143 SIGHUP, SIGINT and SIGTERM ended" in text
+
+
+@pytest.mark.parametrize("words", [["bench"], ["bench", "tune"], ["bench", "peers"], ["bench", "latency"], ["demo"]])
+def test_help_fills_the_lines_of_a_narrow_terminal(words: list[str]) -> None:
+    environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "vq", *words, "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment).stdout
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    for line, following in itertools.pairwise(lines):
+        # Inside a paragraph a line ends only where the next word has no room.
+        if line[:1].isalpha() and following[:1].isalpha() and not line.startswith("Usage"):
+            assert len(line.rstrip()) + 1 + len(following.split()[0]) >= 80, text
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])

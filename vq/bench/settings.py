@@ -128,7 +128,7 @@ AXES: Final[Mapping[str, Axis]] = {
         Axis("poll", "how our back-end waits", choices=("busy", "adaptive")),
         Axis("sub_burst", "packets that our back-end publishes at once", "packets", low=1, high=SUB_BURST_MAX),
         Axis("driver", "how our driver waits", choices=("busy", "sleep")),
-        Axis("pause", "latency only: time between two packets", "µs", high=1_000_000),
+        Axis("pause", "latency only: microseconds between two packets", "µs", high=1_000_000),
     )
 }
 

@@ -40,9 +40,10 @@ INTERRUPTED: Final = 128 + 2  # what shells expect of a program that SIGINT ende
 COMMANDS: Final = ("pump", "demo", "bench")
 UNREAD: Final = 128 + 13  # and SIGPIPE
 
+# One line a paragraph: the terminal wraps them.
 EPILOGUE = """\
-Exit codes: 0 done, 1 a verification failed, 2 wrong usage, 3 the peer broke the protocol, 4 the machine refused,
-130 and 143 SIGINT and SIGTERM ended the demo or a benchmark, 141 nobody reads standard output any more.
+Exit codes: 0 done, 1 a verification failed, 2 wrong usage, 3 the peer broke the protocol, 4 the machine refused, \
+129, 130 and 143 SIGHUP, SIGINT and SIGTERM ended the demo or a benchmark, 141 nobody reads standard output any more.
 
 "vq COMMAND --help" tells the options of a command; "vq pump --help" also the kinds of PORT.
 """

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import App, Parameter
 
+from vq.bench.cells import DIRECTIONS
 from vq.bench.settings import AXES, Settings, parse_axis, points
 from vq.cli.bench_options import Options
 from vq.cli.bench_peers import peers
 from vq.cli.bench_report import Stop, print_rows, progress, run_line
 from vq.cli.bench_tune import tune
+from vq.cli.help_text import listing, paragraphs
 from vq.cli.output import write_json
 from vq.cli.signals import ending_signals
 from vq.errors import UsageError
@@ -33,42 +35,80 @@ put together. SIGINT (Ctrl-C) ends it early with what was measured until then.
 """
 EPILOGUE: Final = """\
 AXIS=VALUES is a setting with values, or a range whose numbers double: size=64,1518 or ring=64..4096. Several axes \
-make every combination; the first one is the x axis of a plot.
+make every combination; {plot}.
 
 {axes}
 
-Options of single commands: sweep --measure throughput|latency; peers --cells, --front-args, --busy-cycles, --settle; \
-tune --size, --measure; see "vq bench COMMAND --help". What to make of the figures: docs/tuning.md.
+{more}What to make of the figures: docs/tuning.md.
 """
+TUNE_EPILOGUE: Final = """\
+AXIS=VALUES is a setting with the values to try, or a range whose numbers double: poll=busy or ring=64..1024. The \
+default is not tried again.
+
+{axes}
+
+What to make of the figures: docs/tuning.md.
+"""
+PEERS_EPILOGUE: Final = """\
+A cell is DIRECTION-LAYOUT-SIZE, such as io-split-64 or sink-packed-1518; DIRECTION is the way of a packet:
+
+{directions}
+
+LAYOUT is that of the rings, split or packed; SIZE is bytes of a packet, 64 to 1518. What to make of the figures: \
+docs/tuning.md.
+"""
+MORE: Final = """\
+Options of single commands: sweep --measure throughput|latency; peers --cells, --front-args, --busy-cycles, --settle; \
+tune --size, --measure; see "vq bench COMMAND --help". """
 SIZES: Final = "size=64,128,256,512,1024,1518,4096,9000"
 LATENCIES: Final = ("pause=0,200", "poll=busy,adaptive", "driver=busy,sleep")
-Axes = Annotated[str, Parameter(name="AXIS=VALUES", help="What to vary; see below.")]
+LATENCY_AXES: Final = ("size", "ring", "layout", "poll", "sub_burst", "driver", "pause")
+AXIS: Final = "AXIS=VALUES"
 
 
 def bench_app() -> App:
     """Make the command with its parts."""
-    axes = "\n".join(f"  {a.name:12} {a.help}{': ' + ', '.join(a.choices) if a.choices else ''}" for a in AXES.values())
     app = App(
         name="bench",
         help=HELP,
-        help_epilogue=EPILOGUE.format(axes=axes),
+        help_epilogue=_epilogue(AXES, more=MORE),
         usage="Usage: vq bench [COMMAND] [AXIS=VALUES...] [OPTIONS]",
     )
     app.default(throughput)
-    app.command(throughput, usage="Usage: vq bench throughput [AXIS=VALUES...] [OPTIONS]")
-    app.command(latency, usage="Usage: vq bench latency [AXIS=VALUES...] [OPTIONS]")
-    app.command(sweep, usage="Usage: vq bench sweep AXIS=VALUES... [OPTIONS]")
-    app.command(peers, usage="Usage: vq bench peers [OPTIONS]")
-    app.command(tune, usage="Usage: vq bench tune [OPTIONS]")
+    for command, words, epilogue in (
+        (throughput, "[AXIS=VALUES...] ", _epilogue(set(AXES) - {"pause"})),
+        (latency, "[AXIS=VALUES...] ", _epilogue(LATENCY_AXES, plot="each is a line of a plot")),
+        (sweep, "AXIS=VALUES... ", _epilogue(AXES)),
+        (peers, "", PEERS_EPILOGUE.format(directions=listing({n: d.help for n, d in DIRECTIONS.items()}))),
+        (tune, "[AXIS=VALUES...] ", TUNE_EPILOGUE.format(axes=_describe(set(AXES) - {"size", "pause"}))),
+    ):
+        usage = f"Usage: vq bench {command.__name__} {words}[OPTIONS]"
+        app.command(command, usage=usage, help=paragraphs(command.__doc__), help_epilogue=epilogue)
     return app
 
 
-def throughput(*axes: Axes, options: Options | None = None) -> int:
+def _epilogue(names: Container[str], *, more: str = "", plot: str = "the first one is the x axis of a plot") -> str:
+    return EPILOGUE.format(axes=_describe(names), more=more, plot=plot)
+
+
+def _describe(names: Container[str]) -> str:
+    """These axes for people."""
+    axes = [axis for axis in AXES.values() if axis.name in names]
+    return listing({axis.name: axis.help + (f": {', '.join(axis.choices)}" if axis.choices else "") for axis in axes})
+
+
+def throughput(
+    *axes: Annotated[str, Parameter(name=AXIS, help=f"What to vary; see below. Default: {SIZES}.")],
+    options: Options | None = None,
+) -> int:
     """Packets a second over packet sizes, as many under way as the ring holds."""
     return _run(_read([SIZES], axes), "throughput", options or Options())
 
 
-def latency(*axes: Axes, options: Options | None = None) -> int:
+def latency(
+    *axes: Annotated[str, Parameter(name=AXIS, help=f"What to vary; see below. Default: {' '.join(LATENCIES)}.")],
+    options: Options | None = None,
+) -> int:
     """Round trips of one packet under way: p50, p99, p99.9; also with pauses in which the back-end falls asleep."""
     options = options or Options()
     # How another back-end waits is not ours to say.
@@ -77,7 +117,7 @@ def latency(*axes: Axes, options: Options | None = None) -> int:
 
 
 def sweep(
-    *axes: Axes,
+    *axes: Annotated[str, Parameter(name=AXIS, help="What to vary; see below.")],
     measure: Annotated[Literal["throughput", "latency"], Parameter(help="What to measure.")] = "throughput",
     options: Options | None = None,
 ) -> int:

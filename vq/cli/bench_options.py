@@ -22,7 +22,9 @@ REPEAT_MAX = 1000
 class Output:
     """Where results go, besides a table in the terminal."""
 
-    json: Annotated[bool, Parameter(negative="", help="JSON, one object a line; the last one has everything.")] = False
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="JSON, one object a line; the last one has everything.")
+    ] = False
     csv: Annotated[Path | None, Parameter(help="Also write the rows as CSV into this file.")] = None
 
     def check(self) -> None:

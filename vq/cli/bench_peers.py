@@ -28,15 +28,22 @@ def peers(
     *,
     cells: Annotated[
         str | None,
-        Parameter(help="DIRECTION-LAYOUT-SIZE, with commas: sink, gen, io, patch, rtt; split, packed. Default: all."),
+        Parameter(help="What to measure, with commas, such as io-split-64; see below. Default: all."),
     ] = None,
     repeat: Annotated[int, Parameter(help="Pairs of each cell.")] = 6,
     seconds: Annotated[int, Parameter(help="Counted seconds of a run.")] = 2,
-    settle: Annotated[int, Parameter(help="First seconds of a run that do not count.")] = 1,
+    settle: Annotated[int, Parameter(help="Seconds at the beginning of a run that do not count.")] = 1,
     cpu: Annotated[str | None, Parameter(help="Back-end's processor, front-end's. Default: first two.")] = None,
-    front_args: Annotated[str, Parameter(help="More arguments of net_virtio_user, such as mrg_rxbuf=0.")] = "",
+    front_args: Annotated[
+        str, Parameter(help="More arguments of net_virtio_user, such as mrg_rxbuf=0.", show_default=False)
+    ] = "",
     busy_cycles: Annotated[
-        bool, Parameter(negative="", help="Also the back-ends' busy cycles a packet (testpmd --record-core-cycles).")
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            help="Also the back-ends' busy cycles a packet (testpmd --record-core-cycles).",
+        ),
     ] = False,
     output: Output | None = None,
 ) -> int:

@@ -31,7 +31,7 @@ Send numbered packets through a vhost-user socket and shared memory, and check e
 
 Our driver and the engine run in one process and know each other only by the socket. Each packet carries a number and \
 a checksum and is verified on its return; the exit code is 1 if one was lost, doubled, changed or came back in another \
-order. SIGINT (Ctrl-C) and SIGTERM end it early with the result so far, and exit codes 130 and 143.
+order. SIGINT (Ctrl-C), SIGTERM and SIGHUP end it early with the result so far, and exit codes 130, 143 and 129.
 """
 LOOK_S: Final = 0.1  # between two looks whether a signal came
 REPORT_S: Final = 1.0
@@ -40,10 +40,14 @@ REPORT_S: Final = 1.0
 def demo(
     *,
     size: Annotated[int, Parameter(help="Bytes of a packet, 64 to 65535.")] = 64,
-    duration: Annotated[float, Parameter(help="Seconds.")] = 5.0,
+    duration: Annotated[float, Parameter(help="End after this many seconds.")] = 5.0,
     layout: Annotated[Literal["split", "packed"], Parameter(help="Ring layout.")] = "split",
-    cpu: Annotated[str | None, Parameter(help="Processors of the engine and of the driver, such as 0,1.")] = None,
-    json: Annotated[bool, Parameter(negative="", help="Report as JSON, one object a line.")] = False,
+    cpu: Annotated[
+        str | None, Parameter(help="Processors of the driver and of the engine, such as 0,1. Default: first two.")
+    ] = None,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Report as JSON, one object a line.")
+    ] = False,
 ) -> int:
     """Run our driver and the engine in one process, through a real socket and shared memory; see `HELP`."""
     positive_seconds("--duration", duration)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +9,7 @@ from cyclopts import Parameter
 
 from vq.cli import logs
 from vq.cli.arguments import parse_cpus, positive_seconds
+from vq.cli.help_text import hanging
 from vq.cli.hints import describe
 from vq.cli.output import check_output
 from vq.cli.report import reports
@@ -27,14 +26,13 @@ __all__ = ["epilogue", "pump"]
 
 def epilogue() -> str:
     """The kinds of PORT and their options for ``--help``, wrapped for the terminal with hanging indents."""
-    width = max(shutil.get_terminal_size().columns, 40)
     lines = ["PORT is KIND:TARGET[,key=value...]:", ""]
     for kind in KINDS.values():
-        lines += textwrap.wrap(f"{kind.usage:<12} {kind.help}", width, subsequent_indent=" " * 13)
+        lines += hanging(f"{kind.usage:<12} {kind.help}", 13)
         for option in kind.options:
             default = f" [default: {option.shown_default}]" if option.shown_default else ""
             text = f"    {option.usage}: {option.help}{default}"
-            lines += textwrap.wrap(text, width, subsequent_indent=" " * 8, break_on_hyphens=False)
+            lines += hanging(text, 8)
     return "\n".join(lines)
 
 
@@ -46,9 +44,11 @@ def pump(
             help="What to join; see below. One: echo, two: patch, more: switch. The word + begins another group.",
         ),
     ],
-    duration: Annotated[float | None, Parameter(help="End after this many seconds.")] = None,
+    duration: Annotated[float | None, Parameter(help="End after this many seconds. Default: at a signal.")] = None,
     interval: Annotated[float, Parameter(help="Seconds between two reports.")] = 1.0,
-    json: Annotated[bool, Parameter(negative="", help="Report as JSON, one object a line.")] = False,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Report as JSON, one object a line.")
+    ] = False,
     cpu: Annotated[
         str | None, Parameter(help="Processors, such as 0,2-3; a worker for each. Default: one worker.")
     ] = None,
@@ -59,7 +59,10 @@ def pump(
         int, Parameter(help="Packets, 1 to 32, published at once between rings of guests.")
     ] = SUB_BURST,
     verbose: Annotated[
-        int, Parameter(name=["--verbose", "-v"], count=True, help="Log connections; twice: messages.")
+        int,
+        Parameter(
+            name=["--verbose", "-v"], count=True, show_default=False, help="Log connections; twice: messages."
+        ),
     ] = 0,
 ) -> int:
     """Move packets between ports: echo on one, patch of two, learning switch of three and more."""
