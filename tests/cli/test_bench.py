@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -141,18 +143,38 @@ def test_an_interrupt_leaves_the_table() -> None:
         (["--csv", "no/such/folder/a.csv"], 4, "make it first"),
         (["--socket", "no/such/socket", "size=64"], 4, "no/such/socket"),
         (["poll=adaptive", "--socket", "a.sock"], 2, "on its own command line"),
+        (["tunee"], 2, "did you mean vq bench tune?"),
+        (["sizes=64"], 2, "did you mean size?"),
+        (["size=64.."], 2, "size=64..: a range is of numbers"),
+        (["sweep", "poll=1"], 2, "'1' is not known; use busy, adaptive. See vq bench sweep --help."),
+        (["sweep", "pause=5"], 2, "use vq bench latency"),
+        (["--repeat", "1.5"], 2, "'1.5' is no whole number"),
+        (["tune", "ring=64", "ring=128"], 2, "ring was given already"),
         (["tune", "size=64"], 2, "no setting to tune"),
         (["tune", "ring=256"], 2, "nothing to try"),
         (["tune", "--size", "1"], 2, "size=1"),
         (["peers", "--cells", "io"], 2, "write DIRECTION-LAYOUT-SIZE"),
         (["peers", "--repeat", "0"], 2, "--repeat 0"),
-        (["peers", "--seconds", "0"], 2, "--seconds 0"),
+        (["peers", "--seconds", "0"], 2, "--seconds 0: write 1 to 3600 seconds"),
+        (["peers", "--settle", "61"], 2, "--settle 61: write 0 to 60 seconds"),
     ],
 )
 def test_wrong_words_are_answered_with_the_remedy(words: list[str], code: int, part: str) -> None:
     done = bench(*words, code=code)
     assert done.stderr.startswith("vq: error: ") and part in done.stderr
     assert done.stdout == ""
+
+
+def test_it_says_who_closed_the_connection(tmp_path: Path) -> None:
+    path = str(tmp_path / "rude.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        closing = threading.Thread(target=lambda: listener.accept()[0].close())
+        closing.start()
+        done = bench("--socket", path, "size=64", *SHORT, code=3)
+        closing.join()
+    assert f"vq: error: {path}: the peer closed the connection" in done.stderr
 
 
 def test_peers_without_testpmd_say_what_to_install(tmp_path: Path) -> None:

@@ -90,6 +90,19 @@ def test_closed_streams_are_no_error(closed: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_help_that_nobody_reads_is_no_error() -> None:
+    command = f"{sys.executable} -m vq --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) in ((141, ""), (0, ""))  # 0: written before `true` was gone
+
+
+@pytest.mark.parametrize("words", [["pump", "gen:", "--sub-burst", "8.5"], ["demo", "--size", "64.5"]])
+def test_a_fraction_is_not_rounded(words: list[str]) -> None:
+    done = call(*words)
+    assert done.returncode == 2
+    assert "is no whole number" in done.stderr
+
+
 @pytest.mark.parametrize("form", ["--json", "--interval=1"])
 def test_a_full_disk_is_named(form: str) -> None:
     command = [sys.executable, "-m", "vq", "pump", "gen:count=10", "null:", form]

@@ -8,6 +8,7 @@ import io
 
 import pytest
 
+from vq.bench.child import complaints
 from vq.bench.curves import knee_lines, panels_of
 from vq.bench.distance import tag_of
 from vq.bench.facts import gather
@@ -139,6 +140,14 @@ def test_testpmd_is_read() -> None:
         cycles_per_packet("  CPU cycles/packet=44.51 (busy cycles=1 / total io packets=2) at 2596 MHz Clock") == 44.51
     )
     assert cycles_per_packet("nothing") is None
+
+
+def test_of_a_long_output_the_complaints_are_shown() -> None:
+    screens = "\x1b[2J\x1b[1;1HPort statistics ====\n" * 100
+    text = f"EAL: No free 1048576 kB hugepages reported on node 0\nEAL: Bus (vdev) probe failed.\n{screens}"
+    assert complaints(text) == "EAL: Bus (vdev) probe failed."
+    assert complaints("\x1b[2Jall is well\n") == "all is well"
+    assert complaints("") == ""
 
 
 def trials(name: str, settings: Settings, *ratios: float) -> list[Trial]:

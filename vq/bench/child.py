@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,20 @@ from typing import Final, Self
 
 from vq.errors import ResourceError
 
-__all__ = ["Child", "halted"]
+__all__ = ["Child", "complaints", "halted"]
 
 END_S: Final = 5.0  # for an orderly end
 TAIL: Final = 800  # characters of output that an error shows
+ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+# The lack of larger pages than are needed is noise of every start.
+COMPLAINT: Final = re.compile(r"^(?!.*hugepages reported).*\b(?:error|failed|failure|invalid|cannot|no probed)\b", re.I)
+
+
+def complaints(output: str) -> str:
+    """What a program's output says about its trouble: lines that complain, else its end; no control sequences."""
+    lines = [" ".join(line.split()) for line in ESCAPES.sub("\n", output).splitlines()]
+    bad = [line for line in lines if COMPLAINT.search(line)]
+    return "; ".join(dict.fromkeys(bad))[:TAIL] or " ".join(line for line in lines if line)[-TAIL:]
 
 
 class Child:
@@ -74,7 +85,7 @@ class Child:
 
     def failure(self, what: str) -> ResourceError:
         """An error that shows the end of the output."""
-        return ResourceError(f"{self.name} {what}: {self.output()[-TAIL:].strip() or 'it printed nothing'}")
+        return ResourceError(f"{self.name} {what}: {complaints(self.output()) or 'it printed nothing'}")
 
     def end(self) -> None:
         """Interrupt it, and kill it if that does not help; may be called twice."""

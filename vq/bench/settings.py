@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,7 +11,7 @@ from typing import Any, Final
 from vq.errors import UsageError
 from vq.sub_burst import SUB_BURST, SUB_BURST_MAX
 
-__all__ = ["AXES", "Axis", "Settings", "parse_axis", "points"]
+__all__ = ["AXES", "Axis", "Settings", "parse_axes", "parse_axis", "points"]
 
 SIZE_MIN: Final = 64  # bytes: room for number, length and checksum
 SIZE_MAX: Final = 65535
@@ -103,10 +104,11 @@ class Axis:
         """
         if self.choices:
             if text not in self.choices:
-                raise UsageError(f"{self.name}={text}: is not known; use {', '.join(self.choices)}")
+                raise UsageError(f"{self.name}={text}: {text!r} is not known; use {', '.join(self.choices)}")
             return text
         if not (text.isascii() and text.isdigit()):
-            raise UsageError(f"{self.name}={text}: is no whole number; write one from {self.low} to {self.high}")
+            what = f"{text!r} is no whole number"
+            raise UsageError(f"{self.name}={text}: {what}; write one from {self.low} to {self.high}")
         value = int(text)
         if not self.low <= value <= self.high or (self.power and value & (value - 1)):
             what = "a power of two" if self.power else "a number"
@@ -149,8 +151,10 @@ def parse_axis(text: str) -> tuple[str, list[int | str]]:
     name, equals, rest = text.partition("=")
     name = name.replace("-", "_")
     if not equals or not rest or name not in AXES:
+        near = difflib.get_close_matches(name, AXES, n=1)
         raise UsageError(
             f"{text!r}: write AXIS=VALUES, such as size=64,1518 or ring=64..4096; AXIS is {', '.join(AXES)}"
+            + (f"; did you mean {near[0]}?" if near and near[0] != name else "")
         )
     axis = AXES[name]
     values: list[int | str] = []
@@ -164,11 +168,29 @@ def parse_axis(text: str) -> tuple[str, list[int | str]]:
 
 
 def _doubled(axis: Axis, low: str, high: str) -> list[int | str]:
-    first, last = axis.read(low), axis.read(high)
+    # Half a range is no range: its missing end is none of the axis's values.
+    first, last = (axis.read(low), axis.read(high)) if low and high else ("", "")
     if not isinstance(first, int) or not isinstance(last, int) or not 0 < first <= last:
         raise UsageError(f"{axis.name}={low}..{high}: a range is of numbers, doubled from LOW (at least 1) up to HIGH")
     values = [first << n for n in range(17) if first << n <= last]
     return [*values, *([last] if values[-1] != last else [])]
+
+
+def parse_axes(given: Sequence[str]) -> dict[str, list[int | str]]:
+    """Read several of them, in their order; each axis once.
+
+    Raises
+    ------
+    UsageError
+        As `parse_axis`, or an axis was given twice.
+    """
+    axes: dict[str, list[int | str]] = {}
+    for text in given:
+        name, values = parse_axis(text)
+        if name in axes:
+            raise UsageError(f"{text}: {name} was given already; write its values with commas")
+        axes[name] = values
+    return axes
 
 
 def points(base: Settings, axes: Mapping[str, Sequence[int | str]]) -> list[Settings]:

@@ -101,8 +101,11 @@ def _see(words: Sequence[str], text: str) -> str:
     """A message about wrong usage, and the help that tells more; a message that names it already stays as it is."""
     if "--help" in text:
         return text
-    command = "vq " + (f"{words[0]} " if words and words[0] in COMMANDS else "")
-    return f"{text}{'' if text.endswith(('.', '?')) else '.'} See {command}--help."
+    from vq.cli.bench import PARTS
+
+    path = ["vq", *(words[:1] if words and words[0] in COMMANDS else ())]
+    path += words[1:2] if path[-1] == "bench" and len(words) > 1 and words[1] in PARTS else []
+    return f"{text}{'' if text.endswith(('.', '?')) else '.'} See {' '.join(path)} --help."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,6 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return RESOURCE
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as end:
+        # So rich ends when nobody reads the help any more.
+        if isinstance(end.__context__, BrokenPipeError):
+            return UNREAD
+        raise
     except (VqError, OSError, ImportError) as error:
         if isinstance(error, ImportError) and not (error.name or "").startswith("vq_core"):
             raise

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Final
+import re
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+from cyclopts import Parameter, Token
 
 from vq.errors import UsageError
 
-__all__ = ["parse_cpus", "positive_seconds"]
+__all__ = ["Whole", "parse_cpus", "positive_seconds"]
 
 CPU_MAX: Final = 8191  # NR_CPUS of the largest kernels
+WHOLE: Final = re.compile(r"[+-]?[0-9]+")
 
 
 def parse_cpus(text: str | None) -> list[int] | None:
@@ -53,3 +58,14 @@ def positive_seconds(name: str, value: float | None) -> float | None:
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise UsageError(f"{name} is {value:g}; write seconds, more than 0")
     return value
+
+
+def _read_whole(_kind: type, tokens: Sequence[Token]) -> int:
+    text = tokens[0].value
+    if not WHOLE.fullmatch(text):
+        raise ValueError(f"{text!r} is no whole number")
+    return int(text)
+
+
+# Left to itself cyclopts rounds 1.5 to 2 and says nothing.
+Whole = Annotated[int, Parameter(converter=_read_whole)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import difflib
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import App, Parameter
 
 from vq.bench.cells import DIRECTIONS
-from vq.bench.settings import AXES, Settings, parse_axis, points
+from vq.bench.settings import AXES, Settings, parse_axes, parse_axis, points
 from vq.cli.bench_options import Options
 from vq.cli.bench_peers import peers
 from vq.cli.bench_report import Stop, print_rows, progress, run_line
@@ -16,7 +18,7 @@ from vq.cli.bench_tune import tune
 from vq.cli.help_text import listing, paragraphs
 from vq.cli.output import write_json
 from vq.cli.signals import ending_signals
-from vq.errors import UsageError
+from vq.errors import ConnectionClosed, UsageError
 from vq.stats import encode
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ tune --size, --measure; see "vq bench COMMAND --help". """
 SIZES: Final = "size=64,128,256,512,1024,1518,4096,9000"
 LATENCIES: Final = ("pause=0,200", "poll=busy,adaptive", "driver=busy,sleep")
 LATENCY_AXES: Final = ("size", "ring", "layout", "poll", "sub_burst", "driver", "pause")
+PARTS: Final = ("throughput", "latency", "sweep", "peers", "tune")
 AXIS: Final = "AXIS=VALUES"
 
 
@@ -102,6 +105,9 @@ def throughput(
     options: Options | None = None,
 ) -> int:
     """Packets a second over packet sizes, as many under way as the ring holds."""
+    near = difflib.get_close_matches(axes[0], PARTS, n=1, cutoff=0.75) if axes and "=" not in axes[0] else []
+    if near:
+        raise UsageError(f"{axes[0]!r} is no part of vq bench; did you mean vq bench {near[0]}?")
     return _run(_read([SIZES], axes), "throughput", options or Options())
 
 
@@ -129,12 +135,7 @@ def sweep(
 
 def _read(usual: Sequence[str], given: Sequence[str]) -> dict[str, list[int | str]]:
     """The axes that were given, over those that are usual."""
-    axes: dict[str, list[int | str]] = {}
-    for text in given:
-        name, values = parse_axis(text)
-        if name in axes:
-            raise UsageError(f"{text}: {name} was given already; write its values with commas")
-        axes[name] = values
+    axes = parse_axes(given)
     for text in usual:
         name, values = parse_axis(text)
         axes.setdefault(name, values)
@@ -147,12 +148,23 @@ def _check(found: Sequence[Settings], kind: str, options: Options) -> None:
     for name in ours if options.socket is not None else ():
         if any(getattr(point, name) != getattr(usual, name) for point in found):
             raise UsageError(f"{name}= is for our own back-end; another one is told on its own command line")
+    if kind == "throughput" and any(point.pause for point in found):
+        raise UsageError("pause= is for latencies only; use vq bench latency, or sweep --measure latency")
     if kind == "latency":
         for point in found:
             if point.queues != 1 or point.window not in (0, 1) or point.descriptors != "1" or point.size > 9216:
                 raise UsageError(
                     f"{point.words()}: latency is that of one packet of up to 9216 bytes in one descriptor and one pair"
                 )
+
+
+@contextmanager
+def _named(target: str) -> Iterator[None]:
+    """Say who closed the connection: several back-ends may be about."""
+    try:
+        yield
+    except ConnectionClosed as error:
+        raise ConnectionClosed(f"{target}: {error}") from error
 
 
 def _run(axes: Mapping[str, Sequence[int | str]], kind: str, options: Options) -> int:
@@ -171,15 +183,17 @@ def _run(axes: Mapping[str, Sequence[int | str]], kind: str, options: Options) -
         target = Target(options.socket, Places.choose(cpus))
         facts = gather(command_line())
         with progress(len(found) * options.repeat, quiet=options.json) as step:
-            for run in run_series(
+            series = run_series(
                 target, found, kind, seconds=options.seconds, repeat=options.repeat, ended=stop.asked
-            ):
-                runs.append(run)
-                step(run_line(run))
-                if options.json:
-                    from vq.bench.records import run_record
+            )
+            with _named(target.name):
+                for run in series:
+                    runs.append(run)
+                    step(run_line(run))
+                    if options.json:
+                        from vq.bench.records import run_record
 
-                    write_json(encode(run_record(run)))
+                        write_json(encode(run_record(run)))
         rows = rows_of(runs)
         print_rows(facts, target.name, rows, runs, options, early=stop.asked())
     return stop.code(ok=all(run.ok for run in runs), measured=bool(runs))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vq.cli.arguments import parse_cpus, positive_seconds
+from vq.cli.arguments import Whole, parse_cpus, positive_seconds
 from vq.errors import ResourceError, UsageError
 
 __all__ = ["Options", "Output", "check_repeat"]
@@ -47,7 +47,7 @@ class Options(Output):
         Parameter(help="Processors of the back-end's workers, and last the driver's, such as 0,1. Default: first two."),
     ] = None
     seconds: Annotated[float, Parameter(help="Counted seconds of a run.")] = 0.4
-    repeat: Annotated[int, Parameter(help="Runs of each point, in alternation.")] = 3
+    repeat: Annotated[Whole, Parameter(help="Runs of each point, in alternation.")] = 3
     plot: Annotated[
         str | None, Parameter(help="Draw into a FILE.png or FILE.svg, or 'terminal'; needs pip install 'vq[plots]'.")
     ] = None

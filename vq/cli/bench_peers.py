@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from vq.cli.arguments import parse_cpus
+from vq.cli.arguments import Whole, parse_cpus
 from vq.cli.bench_options import Output, check_repeat
 from vq.cli.bench_report import Stop, print_table, progress, save_csv
 from vq.cli.output import check_output, write_json
@@ -30,9 +30,9 @@ def peers(
         str | None,
         Parameter(help="What to measure, with commas, such as io-split-64; see below. Default: all."),
     ] = None,
-    repeat: Annotated[int, Parameter(help="Pairs of each cell.")] = 6,
-    seconds: Annotated[int, Parameter(help="Counted seconds of a run.")] = 2,
-    settle: Annotated[int, Parameter(help="Seconds at the beginning of a run that do not count.")] = 1,
+    repeat: Annotated[Whole, Parameter(help="Pairs of each cell.")] = 6,
+    seconds: Annotated[Whole, Parameter(help="Counted seconds of a run.")] = 2,
+    settle: Annotated[Whole, Parameter(help="Seconds at the beginning of a run that do not count.")] = 1,
     cpu: Annotated[str | None, Parameter(help="Back-end's processor, front-end's. Default: first two.")] = None,
     front_args: Annotated[
         str, Parameter(help="More arguments of net_virtio_user, such as mrg_rxbuf=0.", show_default=False)
@@ -59,8 +59,9 @@ def peers(
     output.check()
     wanted = parse_cells(cells)
     check_repeat(repeat)
-    if not 1 <= seconds <= 3600 or not 0 <= settle <= 60:
-        raise UsageError(f"--seconds {seconds} --settle {settle}: write 1 to 3600 and 0 to 60")
+    for name, value, low, high in (("--seconds", seconds, 1, 3600), ("--settle", settle, 0, 60)):
+        if not low <= value <= high:
+            raise UsageError(f"{name} {value}: write {low} to {high} seconds")
     cpus = _two(parse_cpus(cpu))
     stop = Stop()
     pairs: list[Pair] = []

@@ -84,11 +84,11 @@ def print_table(table: Table, lines: Sequence[tuple[str, str]]) -> None:
     if not console.is_terminal:
         console.width = max(console.width, 2 * NARROW)  # a file has no edge
     # Not printed by rich, which takes a reader that went away for exit code 1, here a failed verification.
-    with console.capture() as text:
-        console.print(table)
-        for line, style in lines:
-            console.print(Text(line, style=style))
     with check_output():
+        with console.capture() as text:
+            console.print(table)
+            for line, style in lines:
+                console.print(Text(line, style=style))
         print(text.get(), end="", flush=True)
 
 

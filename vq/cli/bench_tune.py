@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from cyclopts import Parameter
 
-from vq.bench.settings import Settings, parse_axis, points
-from vq.cli.arguments import parse_cpus, positive_seconds
+from vq.bench.settings import Settings, parse_axes, points
+from vq.cli.arguments import Whole, parse_cpus, positive_seconds
 from vq.cli.bench_options import Output, check_repeat
 from vq.cli.bench_report import Stop, print_table, progress, save_csv
 from vq.cli.output import check_output, write_json
@@ -31,7 +31,7 @@ def tune(
     *axes: Annotated[
         str, Parameter(name="AXIS=VALUES", help=f"What to try, one setting at a time. Default: {' '.join(USUAL)}.")
     ],
-    size: Annotated[int, Parameter(help="Bytes of a packet.")] = 64,
+    size: Annotated[Whole, Parameter(help="Bytes of a packet.")] = 64,
     measure: Annotated[
         Literal["throughput", "latency"], Parameter(help="What is to be better: packets a second, or p99.")
     ] = "throughput",
@@ -39,7 +39,7 @@ def tune(
         str | None, Parameter(help="Processors of the workers, and last the driver's, such as 0,1. Default: first two.")
     ] = None,
     seconds: Annotated[float, Parameter(help="Counted seconds of a run.")] = 0.4,
-    repeat: Annotated[int, Parameter(help="Pairs of each try.")] = 5,
+    repeat: Annotated[Whole, Parameter(help="Pairs of each try.")] = 5,
     output: Output | None = None,
 ) -> int:
     """Try settings against the defaults of vq pump (adaptive polling, a ring of 256), and propose what is better.
@@ -55,7 +55,7 @@ def tune(
     check_repeat(repeat)
     cpus = parse_cpus(cpu)
     usual = [text for text in USUAL if measure == "throughput" or not text.startswith(MANY)]
-    asked = dict(parse_axis(text) for text in (axes or usual))
+    asked = parse_axes(axes or usual)
     (base,) = points(Settings(size=int(AXES["size"].read(str(size))), poll="adaptive"), {})
     stop = Stop()
     with ending_signals(stop):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Parameter
 
-from vq.cli.arguments import parse_cpus, positive_seconds
+from vq.cli.arguments import Whole, parse_cpus, positive_seconds
 from vq.cli.lines import scaled
 from vq.cli.output import check_output, write_json
 from vq.cli.signals import ending_signals
@@ -39,7 +39,7 @@ REPORT_S: Final = 1.0
 
 def demo(
     *,
-    size: Annotated[int, Parameter(help="Bytes of a packet, 64 to 65535.")] = 64,
+    size: Annotated[Whole, Parameter(help="Bytes of a packet, 64 to 65535.")] = 64,
     duration: Annotated[float, Parameter(help="End after this many seconds.")] = 5.0,
     layout: Annotated[Literal["split", "packed"], Parameter(help="Ring layout.")] = "split",
     cpu: Annotated[

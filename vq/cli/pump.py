@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from vq.cli import logs
-from vq.cli.arguments import parse_cpus, positive_seconds
+from vq.cli.arguments import Whole, parse_cpus, positive_seconds
 from vq.cli.help_text import hanging
 from vq.cli.hints import describe
 from vq.cli.output import check_output
@@ -56,7 +56,7 @@ def pump(
         Literal["adaptive", "busy"], Parameter(help="Sleep when there is nothing to do, or never.")
     ] = "adaptive",
     sub_burst: Annotated[
-        int, Parameter(help="Packets, 1 to 32, published at once between rings of guests.")
+        Whole, Parameter(help="Packets, 1 to 32, published at once between rings of guests.")
     ] = SUB_BURST,
     verbose: Annotated[
         int,
