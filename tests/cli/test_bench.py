@@ -16,6 +16,7 @@ import pytest
 
 from vq.bench.cells import DIRECTIONS
 from vq.bench.settings import AXES
+from vq.cli.signals import AskedTwice, Ending
 
 COMMAND = [sys.executable, "-m", "vq", "bench"]
 SHORT = ["--seconds", "0.02", "--repeat", "2"]
@@ -117,6 +118,31 @@ def test_a_signal_ends_it_with_what_was_measured(number: signal.Signals, code: i
     assert record["final"] is True
     assert record["runs"][0] == first["run"]
     assert record["rows"][0]["packets"] > 0
+
+
+def test_the_same_signal_twice_in_a_row_is_one_request() -> None:
+    """``timeout`` sends it to the process, and to the group of the process."""
+    words = ["size=64,128", "--seconds", "0.1", "--repeat", "500", "--json"]
+    child = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    out, errors = child.communicate(timeout=30)
+    assert (child.returncode, errors) == (143, "")
+    assert json.loads(out.splitlines()[-1])["final"] is True
+
+
+def test_asked_again_later_it_ends_at_once() -> None:
+    ending = Ending()
+    ending(signal.SIGTERM, None)
+    ending(signal.SIGTERM, None)
+    ending._since -= 1  # a second ago
+    with pytest.raises(AskedTwice) as caught:
+        ending(signal.SIGHUP, None)
+    assert (ending.signal, caught.value.number) == (signal.SIGTERM, signal.SIGHUP)
+    assert isinstance(caught.value, KeyboardInterrupt)
 
 
 def test_an_interrupt_leaves_the_table() -> None:

@@ -24,6 +24,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from vq.cli.output import OutputError, check_output, discard_output, open_closed_streams
+from vq.cli.signals import AskedTwice
 from vq.errors import ConnectionClosed, GuestError, PeerError, UsageError, VqError
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(OSError):
             print(f"vq: error: standard output: {error}", file=sys.stderr)
         return RESOURCE
+    except AskedTwice as error:
+        return 128 + error.number
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as end:

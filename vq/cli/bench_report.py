@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from vq.cli.lines import scaled
 from vq.cli.output import check_output, write_json
+from vq.cli.signals import Ending
 from vq.errors import ResourceError
 from vq.stats import encode
 
@@ -26,16 +26,8 @@ __all__ = ["Stop", "print_rows", "print_table", "progress", "run_line", "save_cs
 NARROW: Final = 100  # columns of a table that nobody's terminal folds
 
 
-class Stop:
-    """Remembers a signal; asked for again, it ends the program at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
+class Stop(Ending):
+    """The request to end a measurement, and what comes of it."""
 
     def asked(self) -> bool:
         """Whether to end."""

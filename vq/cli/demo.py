@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Parameter
@@ -14,7 +13,7 @@ from cyclopts import Parameter
 from vq.cli.arguments import Whole, parse_cpus, positive_seconds
 from vq.cli.lines import scaled
 from vq.cli.output import check_output, write_json
-from vq.cli.signals import ending_signals
+from vq.cli.signals import Ending, ending_signals
 from vq.stats import encode
 
 if TYPE_CHECKING:
@@ -81,18 +80,13 @@ class _EndedEarly(Exception):
         self.result = result
 
 
-class _Watch:
+class _Watch(Ending):
     """Looks at a run under way: shows it once in a while, and ends it when a signal came."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        super().__init__()
         self.show: Callable[[DemoResult], None] = _json
         self._shown = (0, 0.0)  # packets, seconds of the last report
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            raise KeyboardInterrupt  # asked twice: at once
-        self.signal = number
 
     def look(self, result: DemoResult) -> None:
         if self.signal:
