@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from vq.bench.cells import DIRECTIONS
+from vq.bench.files import check_writable
 from vq.bench.settings import AXES
+from vq.cli.bench_options import Output
+from vq.cli.bench_report import save_csv
 from vq.cli.signals import AskedTwice, Ending
 
 COMMAND = [sys.executable, "-m", "vq", "bench"]
@@ -189,6 +192,35 @@ def test_wrong_words_are_answered_with_the_remedy(words: list[str], code: int, p
     done = bench(*words, code=code)
     assert done.stderr.startswith("vq: error: ") and part in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("option", ["--csv", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before(tmp_path: Path, option: str) -> None:
+    folder = tmp_path / "folder.svg"
+    folder.mkdir()
+    done = bench(option, str(folder), "size=64", code=4)
+    assert f"{folder}: a folder is there; name a file" in done.stderr
+    assert done.stdout == ""
+    # Also root cannot write there.
+    done = bench(option, "/proc/self/none.svg", "size=64", code=4)
+    assert "/proc/self/none.svg: cannot be written" in done.stderr
+    assert done.stdout == ""
+
+
+def test_looking_whether_a_file_can_be_written_leaves_it_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    check_writable(path)
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("of yesterday")
+    check_writable(path)
+    save_csv(Output(csv=path), [])
+    assert path.read_text() == "of yesterday"
+
+
+def test_json_and_a_plot_of_characters_do_not_mix() -> None:
+    pytest.importorskip("plotext")
+    done = bench("size=64", "--json", "--plot", "terminal", code=2)
+    assert "plot into a file" in done.stderr and done.stdout == ""
 
 
 def test_it_says_who_closed_the_connection(tmp_path: Path) -> None:

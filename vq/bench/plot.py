@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from vq.bench.files import check_writable
 from vq.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -27,15 +28,14 @@ def check_plot(where: str) -> None:
     UsageError
         Neither a file of a known kind nor ``terminal``.
     ResourceError
-        The library is not installed, or there is no such folder.
+        The library is not installed, or the file cannot be written.
     """
     library = "plotext" if where == TERMINAL else "matplotlib"
     if where != TERMINAL:
         path = Path(where)
         if path.suffix.lower() not in SUFFIXES:
             raise UsageError(f"--plot {where}: write a file that ends in {', '.join(SUFFIXES)}, or {TERMINAL}")
-        if not path.parent.is_dir():
-            raise ResourceError("there is no such folder", path=str(path.parent), remedy="make it first")
+        check_writable(path)
     if importlib.util.find_spec(library) is None:
         raise ResourceError(f"--plot {where} needs {library}", remedy="run: pip install 'vq[plots]'")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from vq.cli.arguments import Whole, parse_cpus, positive_seconds
-from vq.errors import ResourceError, UsageError
+from vq.errors import UsageError
 
 __all__ = ["Options", "Output", "check_repeat"]
 
@@ -29,8 +29,10 @@ class Output:
 
     def check(self) -> None:
         """Refuse, before anything is measured, what could not be written afterwards."""
-        if self.csv is not None and not self.csv.parent.is_dir():
-            raise ResourceError("there is no such folder", path=str(self.csv.parent), remedy="make it first")
+        if self.csv is not None:
+            from vq.bench.files import check_writable
+
+            check_writable(self.csv)
 
 
 @Parameter(name="*")
@@ -58,9 +60,11 @@ class Options(Output):
         positive_seconds("--seconds", self.seconds)
         check_repeat(self.repeat)
         if self.plot is not None:
-            from vq.bench.plot import check_plot
+            from vq.bench.plot import TERMINAL, check_plot
 
             check_plot(self.plot)
+            if self.json and self.plot == TERMINAL:
+                raise UsageError("--json and --plot terminal would both write to standard output; plot into a file")
 
     def cpus(self) -> Sequence[int] | None:
         """The processors; None: not given."""

@@ -173,8 +173,8 @@ def _below(facts: Facts, rows: Sequence[Row], runs: Sequence[Run], *, early: boo
 
 
 def save_csv(options: Output, records: Sequence[dict[str, Any]]) -> None:
-    """Write the CSV file, if one was asked for."""
-    if options.csv is None:
+    """Write the CSV file, if one was asked for; without a row the file of an earlier measurement stays."""
+    if options.csv is None or not records:
         return
     from vq.bench.records import csv_text
 
