@@ -20,6 +20,7 @@ from vq.bench.sleeping import load_ratios, sleeping_lines, wake_ups
 from vq.bench.summary import knee, rows_of
 from vq.bench.testpmd import cycles_per_packet, rates
 from vq.bench.tune import BETTER, SAME, WORSE, Trial, combine, how_to_set, judge, make_tries
+from vq.cli.bench_report import fit
 
 
 def run(settings: Settings, rate: float, *, near: bool = True, kind: str = "throughput", **more: object) -> Run:
@@ -104,6 +105,21 @@ def test_latencies_are_lines_over_percentiles() -> None:
     assert panel.xs == ["p50", "p99", "p99.9"]
     assert [curve.label for curve in panel.curves] == ["poll busy", "poll adaptive"]
     assert panel.curves[0].ys == [0.5, 2.0, 8.0]
+
+
+def test_a_narrow_terminal_is_spared_columns() -> None:
+    from rich.table import Table
+
+    table = Table(title="of widths")
+    for heading in ("first", "second", "third"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("1", "2", "3", style="red")
+    assert fit(table, 80, ("second", "third")) == (table, [])
+    narrow, left_out = fit(table, 20, ("verified", "third", "second"))
+    assert left_out == ["third"]  # the first spare one that is there was enough
+    assert [str(column.header) for column in narrow.columns] == ["first", "second"]
+    assert [list(column.cells) for column in narrow.columns] == [["1"], ["2"]]
+    assert (narrow.title, narrow.rows[0].style) == ("of widths", "red")
 
 
 def test_facts_belong_to_every_row_of_a_csv() -> None:

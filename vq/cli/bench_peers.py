@@ -125,7 +125,7 @@ def _show(
         return
     lines += [("ended early, with what was measured until then", "yellow")] if early else []
     lines += [(line, "dim") for line in facts.lines()]
-    print_table(_table(rows), lines)
+    print_table(_table(rows), lines, ("pairs", "min-max", "cores"))
 
 
 def _across(rows: Sequence[PeerRow], pairs: Sequence[Pair]) -> list[tuple[str, str]]:

@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from vq.bench.summary import Row
     from vq.cli.bench_options import Options, Output
 
-__all__ = ["Stop", "print_rows", "print_table", "progress", "run_line", "save_csv"]
+__all__ = ["Stop", "fit", "print_rows", "print_table", "progress", "run_line", "save_csv"]
 
 NARROW: Final = 100  # columns of a table that nobody's terminal folds
+# What a narrow terminal can do without, first what says least: wrong packets make their row red, and a line below.
+SPARE: Final = (
+    "verified", "runs", "wrong", "sleeps/s", "max µs", "cycles/packet", "Gbit/s", "back-end busy", "min-max"
+)  # fmt: skip
 
 
 class Stop(Ending):
@@ -67,14 +71,59 @@ def run_line(run: Run) -> str:
     return f"{words}: {scaled(run.rate, 'pps')}"
 
 
-def print_table(table: Table, lines: Sequence[tuple[str, str]]) -> None:
-    """Print a table and the lines below it, each with its style."""
+def fit(table: Table, width: int, spare: Sequence[str]) -> tuple[Table, list[str]]:
+    """Leave out columns until a table fits.
+
+    Parameters
+    ----------
+    table
+        All of it.
+    width
+        Columns of the terminal.
+    spare
+        Headings that may be left out, the one that says least first.
+
+    Returns
+    -------
+    tuple of (Table, list of str)
+        The table, and the headings that it lacks.
+    """
+    from rich.console import Console
+
+    ruler = Console(width=1000)
+    left_out: list[str] = []
+    headings = {str(column.header) for column in table.columns}
+    for name in [name for name in spare if name in headings]:
+        if ruler.measure(table).maximum <= width:
+            break
+        left_out.append(name)
+        table = _without(table, name)
+    return table, left_out
+
+
+def _without(table: Table, heading: str) -> Table:
+    from rich.table import Table
+
+    columns = [column for column in table.columns if column.header != heading]
+    found = Table(title=table.title, title_justify=table.title_justify)
+    for column in columns:
+        found.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap)
+    for row, cells in zip(table.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
+        found.add_row(*cells, style=row.style)
+    return found
+
+
+def print_table(table: Table, lines: Sequence[tuple[str, str]], spare: Sequence[str] = ()) -> None:
+    """Print a table and the lines below it, each with its style; on a narrow terminal without what is spare."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 2 * NARROW)  # a file has no edge
+    table, left_out = fit(table, console.width, spare)
+    if left_out:
+        lines = [(f"left out, the terminal is narrow: {', '.join(left_out)}; --json and --csv have all", "dim"), *lines]
     # Not printed by rich, which takes a reader that went away for exit code 1, here a failed verification.
     with check_output():
         with console.capture() as text:
@@ -133,7 +182,7 @@ def print_rows(
         with check_output():
             print("ended before anything was measured", flush=True)
     else:
-        print_table(_table(rows, target), _below(facts, rows, runs, early=early))
+        print_table(_table(rows, target), _below(facts, rows, runs, early=early), SPARE)
     save_csv(options, flat_rows(facts, target, rows))
     if options.plot is not None and rows:
         _plot(options.plot, facts, target, rows)

@@ -129,4 +129,4 @@ def _show(
     lines += [("propose:", "bold"), *((f"  {line}", "green") for line in proposal)] if proposal else []
     lines += [] if proposal else [("propose: keep the defaults; nothing was better beyond the noise", "bold")]
     lines += [("ended early: fewer pairs than asked for", "yellow")] if early else []
-    print_table(table, [*lines, *((line, "dim") for line in facts.lines())])
+    print_table(table, [*lines, *((line, "dim") for line in facts.lines())], ("pairs", "figure", "min-max"))
