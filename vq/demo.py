@@ -34,6 +34,9 @@ PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_STATUS
 )
 LAYOUTS: Final = {"split": 0, "packed": v.mask(v.VIRTIO_F_RING_PACKED)}  # the feature bits that each adds
+# Seconds without any progress before what is under way counts as lost. A back-end that others keep from its processor
+# for a second has lost nothing.
+PATIENCE_S: Final = 5.0
 RECEIVEQ: Final = 0
 TRANSMITQ: Final = 1
 STATUS_OK: Final = 0xF  # ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK (VIRTIO 1.3, 2.1)
@@ -220,8 +223,9 @@ def open_exchange(
         transmitq = DriverQueue(memory, queue_size, features=features)
         sleeping = "busy" if places else "sleep"
         exchange = Exchange(
-            [(transmitq, receiveq)], size, receive_bytes=receive_bytes, poll=sleeping, cpu=places[0] if places else None
-        )
+            [(transmitq, receiveq)], size, receive_bytes=receive_bytes, poll=sleeping, patience=PATIENCE_S,
+            cpu=places[0] if places else None,
+        )  # fmt: skip
         try:
             start_device(frontend, memory, {RECEIVEQ: receiveq, TRANSMITQ: transmitq})
             yield exchange

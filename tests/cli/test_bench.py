@@ -97,6 +97,7 @@ def test_tune_compares_with_the_defaults() -> None:
     done = bench("tune", "ring=64", "poll=busy", *SHORT, "--json")
     record = final(done)
     assert {verdict["name"] for verdict in record["verdicts"]} >= {"ring=64", "poll=busy"}
+    assert record["wrong"] == []
     assert record["noise"] >= 0 and record["facts"]["command"].startswith("vq bench tune")
     for verdict in record["verdicts"]:
         assert verdict["low"] <= verdict["ratio"] <= verdict["high"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from vq.bench.target import Places, Target
 from vq.bench.tune import Refused, Trial, run_trials
 from vq.errors import BackendError, ResourceError, UsageError
 from vq.pump import Pump
+from waiting import wait_for
 
 SECONDS = 0.05
 TWO = len(os.sched_getaffinity(0)) >= 2
@@ -85,6 +89,22 @@ def test_the_socket_of_somebody_else(tmp_path: Path) -> None:
     assert all(run.ok and run.busy is None and run.cycles is None for run in runs)
     assert seen["connections"] == 2
     assert seen["from_guest"]["packets"] >= sum(run.packets for run in runs)
+
+
+def test_a_back_end_that_stands_still_for_a_second_has_lost_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    with subprocess.Popen([sys.executable, "-m", "vq", "pump", f"vhost:{path}"], stdout=subprocess.DEVNULL) as pump:
+        try:
+            wait_for(path.exists)
+            stop = threading.Timer(0.3, pump.send_signal, [signal.SIGSTOP])
+            go_on = threading.Timer(1.8, pump.send_signal, [signal.SIGCONT])
+            stop.start()
+            go_on.start()
+            run = measure(Target(str(path), Places()), Settings(), "throughput", 2.0)
+        finally:
+            pump.send_signal(signal.SIGCONT)
+            pump.terminate()
+    assert run.ok, run
 
 
 def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

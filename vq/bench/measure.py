@@ -11,6 +11,7 @@ from vq.bench.distance import tag_of
 from vq.bench.link import Pairs, open_link
 from vq.bench.settings import Settings
 from vq.bench.target import Opened, Target, Work
+from vq.demo import PATIENCE_S
 from vq.errors import BackendError
 from vq_core.driver import BrokenRingError
 from vq_core.roundtrip import RoundTrip
@@ -149,6 +150,7 @@ def _throughput(
             indirect=settings.descriptors == "indirect",
             poll=settings.driver,
             cpu=target.places.driver,
+            patience=PATIENCE_S,
         )
 
     with open_link(opened.path, settings, make) as exchange:
@@ -168,8 +170,9 @@ def _latency(target: Target, opened: Opened, settings: Settings, seconds: float,
     def make(pairs: Pairs, receive_bytes: int) -> RoundTrip:
         (pair,) = pairs
         return RoundTrip(
-            *pair, settings.size, poll=settings.driver, pause=settings.pause / 1e6, cpu=target.places.driver
-        )
+            *pair, settings.size, poll=settings.driver, pause=settings.pause / 1e6, cpu=target.places.driver,
+            patience=PATIENCE_S,
+        )  # fmt: skip
 
     with open_link(opened.path, settings, make) as trips:
         _drive(trips, lambda: trips.run(seconds * WARM_UP), ended)

@@ -24,6 +24,7 @@ __all__ = ["tune"]
 
 USUAL: Final = ("poll=busy", "sub_burst=4,16,32", "ring=128,512,1024", "layout=packed", "queues=2")
 MANY: Final = ("sub_burst", "queues")  # nothing to one packet under way
+WRONG: Final = "not every packet came back once, in order and unchanged"
 COLOURS: Final = {"better": "green", "worse": "red"}
 
 
@@ -88,7 +89,8 @@ def tune(
             if changes > 1 and not stop.asked():
                 follow([("all of these", best)])
         noise, verdicts = judge(trials)
-        _show(facts, measure, noise, verdicts, refused, how_to_set(base, best), output, early=stop.asked())
+        wrong = list(dict.fromkeys(trial.name for trial in trials if not trial.ok))
+        _show(facts, measure, noise, verdicts, refused, how_to_set(base, best), wrong, output, early=stop.asked())
     return stop.code(ok=all(trial.ok for trial in trials), measured=bool(trials))
 
 
@@ -99,6 +101,7 @@ def _show(
     verdicts: Sequence[Verdict],
     refused: Sequence[Refused],
     proposal: Sequence[str],
+    wrong: Sequence[str],
     output: Output,
     *,
     early: bool,
@@ -108,7 +111,7 @@ def _show(
     if output.json:
         record: dict[str, Any] = {"facts": asdict(facts), "measure": measure, "noise": noise}
         record |= {"verdicts": [asdict(v) for v in verdicts], "refused": [asdict(r) for r in refused]}
-        write_json(encode({**record, "proposal": list(proposal)}, final=True))
+        write_json(encode({**record, "proposal": list(proposal), "wrong": list(wrong)}, final=True))
         return
     if not verdicts:
         with check_output():
@@ -128,5 +131,6 @@ def _show(
     lines += [(f"{item.name} was not tried: {item.why}", "yellow") for item in refused]
     lines += [("propose:", "bold"), *((f"  {line}", "green") for line in proposal)] if proposal else []
     lines += [] if proposal else [("propose: keep the defaults; nothing was better beyond the noise", "bold")]
+    lines += [(f"{WRONG}, in pairs of: {', '.join(wrong)}", "bold red")] if wrong else []
     lines += [("ended early: fewer pairs than asked for", "yellow")] if early else []
     print_table(table, [*lines, *((line, "dim") for line in facts.lines())], ("pairs", "figure", "min-max"))
