@@ -12,7 +12,7 @@ from vq.bench.child import complaints
 from vq.bench.curves import knee_lines, panels_of
 from vq.bench.distance import tag_of
 from vq.bench.facts import gather
-from vq.bench.measure import Run
+from vq.bench.measure import PERCENTILES, Run
 from vq.bench.peers import Pair, peer_rows
 from vq.bench.records import csv_text, final_record, flat_rows
 from vq.bench.settings import Settings
@@ -120,6 +120,32 @@ def test_a_narrow_terminal_is_spared_columns() -> None:
     assert [str(column.header) for column in narrow.columns] == ["first", "second"]
     assert [list(column.cells) for column in narrow.columns] == [["1"], ["2"]]
     assert (narrow.title, narrow.rows[0].style) == ("of widths", "red")
+
+
+def test_a_percentile_of_a_few_round_trips_is_not_shown() -> None:
+    latency = {"mean": 600.0, "p50": 500.0, "p99": 2000.0, "p99_9": 8000.0, "max": 1e6}
+    counts = {19: [], 20: ["p50"], 999: ["p50"], 1000: ["p50", "p99"], 9999: ["p50", "p99"], 10_000: [*PERCENTILES]}
+    for count, names in counts.items():
+        rows = rows_of([run(Settings(), count, kind="latency", latency=latency)])
+        assert [name for name in PERCENTILES if rows[0].firm(name)] == names
+        (panel,) = panels_of(rows)
+        assert len(panel.curves[0].ys) == len(names)
+    asleep = trips(Settings(pause=200, poll="adaptive"), 9500, 90_000, sleeps=4000.0)
+    few = dataclasses.replace(trips(Settings(pause=200), 500, 900), packets=500)
+    (wake,) = wake_ups(rows_of([asleep, few]))
+    assert (wake.asleep, wake.added) == ({"p50": 9500}, {"p50": 9000})
+
+
+def test_a_knee_says_how_sure_it_is() -> None:
+    rates_of = {1: (1e6, 1e6, 1e6), 8: (8e6, 8.5e6, 9.5e6), 64: (9e6, 9.5e6, 10e6), 128: (5e6, 10e6, 11e6)}
+    runs = [run(Settings(window=window), rate) for window, rates in rates_of.items() for rate in rates]
+    (line,) = knee_lines(rows_of(runs))
+    assert line == (
+        "knee: window=64 is the first to reach 90% of the best Mpps; within the spread it may be 8 to 64"
+    )
+    runs = [run(Settings(window=window), rates[1], busy=0.5) for window, rates in rates_of.items()]
+    (line,) = knee_lines(rows_of(runs))
+    assert line.endswith("the best Mpps; it is the driver's or the window's (*)")
 
 
 def test_facts_belong_to_every_row_of_a_csv() -> None:

@@ -13,6 +13,8 @@ from vq.bench.summary import KNEE, Row, knee
 __all__ = ["Curve", "Panel", "knee_lines", "panels_of", "varying"]
 
 LATENCIES: Final = {"p50": "p50", "p99": "p99", "p99.9": "p99_9"}  # as people write them, and as `Row` does
+PACKETS: Final = "million packets a second"
+SHORT: Final = {PACKETS: "Mpps"}  # in a sentence
 KNEE_POINTS: Final = 3  # a knee of fewer points is only a step
 
 
@@ -30,6 +32,10 @@ class Curve:
         Median and spread of each.
     knee
         Index of the first point that reaches 90 % of the best; None: there is none to see.
+    knees
+        Indices of the first and the last point that it may be within the spread.
+    limited
+        Whether the best point is the driver's or the window's, not the back-end's.
     """
 
     label: str
@@ -38,6 +44,8 @@ class Curve:
     lows: list[float]
     highs: list[float]
     knee: int | None
+    knees: tuple[int, int] = (0, 0)
+    limited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +102,26 @@ def _lines(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
 
 
 def _curve(label: str, rows: Sequence[Row], axis: str, scale: Callable[[Row], float], *, bends: bool) -> Curve:
-    ys = [row.rate * scale(row) for row in rows]
+    ys, lows, highs = ([getattr(row, of) * scale(row) for row in rows] for of in ("rate", "low", "high"))
     return Curve(
         label,
         [str(getattr(row.settings, axis)) for row in rows],
         ys,
-        [row.low * scale(row) for row in rows],
-        [row.high * scale(row) for row in rows],
+        lows,
+        highs,
         knee(ys) if bends and len(rows) >= KNEE_POINTS else None,
+        _knees(ys, lows, highs),
+        rows[ys.index(max(ys))].limited_by_driver,
+    )
+
+
+def _knees(ys: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> tuple[int, int]:
+    """The first point that now and then comes near the best, and the first that always does."""
+    enough = KNEE * max(ys)
+    last = len(ys) - 1
+    return (
+        next((i for i, high in enumerate(highs) if high >= enough), last),
+        next((i for i, low in enumerate(lows) if low >= enough), last),
     )
 
 
@@ -122,7 +142,7 @@ def panels_of(rows: Sequence[Row]) -> list[Panel]:
     lines = _lines(rows, axis)
     numbers = not meaning.choices and axis != "size"
     packets = [_curve(label, part, axis, lambda row: 1e-6, bends=numbers) for label, part in lines.items()]
-    panels = [Panel(x, "million packets a second", axis, xs, packets)]
+    panels = [Panel(x, PACKETS, axis, xs, packets)]
     if axis == "size":
         bits = [_curve(n, part, axis, lambda row: row.settings.size * 8e-9, bends=True) for n, part in lines.items()]
         panels.append(Panel(x, "Gbit/s", axis, xs, bits))
@@ -132,8 +152,8 @@ def panels_of(rows: Sequence[Row]) -> list[Panel]:
 def _latency_panel(rows: Sequence[Row]) -> Panel:
     curves = []
     for label, group in _lines(rows, "").items():
-        latency = group[0].latency
-        ys = [latency[name] / 1000 for name in LATENCIES.values()] if latency else []
+        row = group[0]
+        ys = [row.latency[name] / 1000 for name in LATENCIES.values() if row.firm(name)] if row.latency else []
         curves.append(Curve(label, list(LATENCIES)[: len(ys)], ys, ys, ys, None))
     return Panel("percentile", "round trip (µs)", "percentile", list(LATENCIES), curves, logarithmic=True)
 
@@ -145,8 +165,11 @@ def knee_lines(rows: Sequence[Row]) -> list[str]:
         for curve in panel.curves:
             if curve.knee is not None:
                 where = f" ({curve.label})" if curve.label else ""
+                first, last = curve.knees
+                within = f"; within the spread it may be {curve.xs[first]} to {curve.xs[last]}" if first < last else ""
                 found.append(
                     f"knee: {panel.axis}={curve.xs[curve.knee]} is the first to reach {KNEE:.0%} of the best"
-                    f" {panel.y}{where}"
+                    f" {SHORT.get(panel.y, panel.y)}{where}{within}"
+                    + ("; it is the driver's or the window's (*)" if curve.limited else "")
                 )
     return found

@@ -34,7 +34,7 @@ class WakeUp:
         How often it slept for each round trip: 1 if it did so before every one; above 1 if more than once.
     asleep, awake
         p50 and p99 of the round trip, nanoseconds: of the back-end that slept, and of one that polls all the time;
-        `awake` is empty if that was not measured.
+        `awake` is empty if that was not measured. p99 is left out where there were too few round trips for it.
     added
         The difference of both: the wake latency.
     """
@@ -72,15 +72,16 @@ class LoadRatio:
 def wake_ups(rows: Iterable[Row]) -> list[WakeUp]:
     """One for each row of latencies with pauses in which the back-end fell asleep."""
     latencies = [row for row in rows if row.measure == "latency" and row.latency]
-    busy = {(row.settings, row.tag): row.latency for row in latencies if row.settings.poll == "busy"}
+    busy = {(row.settings, row.tag): row for row in latencies if row.settings.poll == "busy"}
     found = []
     for row in latencies:
         share = (row.sleeps or 0.0) / row.rate if row.rate else 0.0
         if row.settings.poll == "busy" or not row.settings.pause or share < ASLEEP:
             continue
-        asleep = {name: row.latency[name] for name in SHOWN}
         other = busy.get((replace(row.settings, poll="busy"), row.tag))
-        awake = {name: other[name] for name in SHOWN} if other else {}
+        names = [n for n in SHOWN if n == "p50" or (row.firm(n) and (other is None or other.firm(n)))]
+        asleep = {name: row.latency[name] for name in names}
+        awake = {name: other.latency[name] for name in names} if other else {}
         added = {name: asleep[name] - ns for name, ns in awake.items()}
         found.append(WakeUp(row.settings, row.tag, share, asleep, awake, added))
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vq.bench.distance import FAR, MIXED, NEAR, UNKNOWN
-from vq.bench.measure import Run
+from vq.bench.measure import PERCENTILES, Run
 from vq.bench.settings import Settings
 
 __all__ = ["KNEE", "Row", "knee", "known_median", "rows_of"]
@@ -16,6 +16,7 @@ __all__ = ["KNEE", "Row", "knee", "known_median", "rows_of"]
 KNEE: Final = 0.9  # of the best: what lies behind costs more than it brings
 ORDER: Final = (NEAR, UNKNOWN, FAR, MIXED)
 DRIVER_LIMIT: Final = 0.8  # a back-end that works less than this share waits for its driver
+BEYOND: Final = 10  # round trips: a percentile with fewer slower ones is the chance of a few
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,10 @@ class Row:
     def spread(self) -> float:
         """Distance from the smallest to the largest rate, as a share of the median."""
         return (self.high - self.low) / self.rate if self.rate else 0.0
+
+    def firm(self, percentile: str) -> bool:
+        """Whether enough round trips were slower than this percentile; p99.9 needs ten thousand in all."""
+        return self.packets * (100 - PERCENTILES[percentile]) >= 100 * BEYOND - 1e-6
 
     @property
     def limited_by_driver(self) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stop", "fit", "print_rows", "print_table", "progress", "run_line", "save_csv"]
 
+FEW: Final = "-"
 NARROW: Final = 100  # columns of a table that nobody's terminal folds
 # What a narrow terminal can do without, first what says least: wrong packets make their row red, and a line below.
 SPARE: Final = (
@@ -142,15 +143,24 @@ def _setting(name: str) -> Callable[[Row], str]:
 
 
 def _latency(name: str) -> Callable[[Row], str]:
-    return lambda row: _number(row.latency[name] / 1000, ".2f") if row.latency else ""
+    def show(row: Row) -> str:
+        if not row.latency:
+            return ""
+        return _number(row.latency[name] / 1000, ".2f") if name == "max" or row.firm(name) else FEW
+
+    return show
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     """Headings, and what stands below each."""
     from vq.bench.curves import varying
+    from vq.bench.settings import AXES
 
     names = varying(rows) or ["size"]
-    found: dict[str, Callable[[Row], str]] = {name: _setting(name) for name in names}
+    # The figures of latencies have a unit, and so has the pause beside them.
+    found: dict[str, Callable[[Row], str]] = {
+        f"{name} µs" if AXES[name].unit == "µs" else name: _setting(name) for name in names
+    }
     if rows[0].measure == "latency":
         for name in ("p50", "p99", "p99_9", "max"):
             found[f"{name.replace('_', '.')} µs"] = _latency(name)
@@ -206,11 +216,14 @@ def _table(rows: Sequence[Row], target: str) -> Table:
 def _below(facts: Facts, rows: Sequence[Row], runs: Sequence[Run], *, early: bool) -> list[tuple[str, str]]:
     """Lines under a table: what to make of it, then what belongs to it."""
     from vq.bench.curves import knee_lines
+    from vq.bench.measure import PERCENTILES
     from vq.bench.sleeping import sleeping_lines
 
     lines = [(line, "cyan") for line in (*knee_lines(rows), *sleeping_lines(rows, runs))]
     if any(row.limited_by_driver for row in rows):
         lines.append(("* our back-end had time left: this rate is that of the driver or the window", ""))
+    if any(row.latency and not row.firm(name) for row in rows for name in PERCENTILES):
+        lines.append((f"{FEW} too few round trips for this percentile: take more --seconds or --repeat", ""))
     if len({row.tag for row in rows}) > 1:
         lines.append(("the cores' distance changed meanwhile: compare rows of one tag only", "yellow"))
     if any(row.wrong for row in rows):
