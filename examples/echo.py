@@ -26,6 +26,8 @@ def main() -> None:
             with vq.Pump([f"vhost:{path}"]) as pump:
                 print(f"connect a guest to {path}")
                 pump.run(duration=seconds, interval=1.0, on_interval=report)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
         except (vq.VqError, OSError) as error:
             raise SystemExit(f"echo.py: {error}") from None
 

@@ -202,7 +202,8 @@ class Pump:
         """
         if self._closed:
             raise UsageError("the pump was stopped; make a new one")
-        if (duration is not None and duration < 0) or interval <= 0:
+        # Said so that not-a-number, which is in no order with anything, is refused as well.
+        if not (duration is None or duration >= 0) or not interval > 0:
             raise UsageError(f"duration {duration} and interval {interval} are seconds, and cannot be negative")
         self.start()
         self._replan = True

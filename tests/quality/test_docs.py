@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,25 @@ def test_examples_run(words: list[str], part: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     assert part in done.stdout
+
+
+@pytest.mark.parametrize("name", ["generate.py", "echo.py"])
+@pytest.mark.parametrize("seconds", ["-1", "nan"])
+def test_an_example_refuses_a_wrong_time(name: str, seconds: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / name), seconds]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{name}: duration {float(seconds)}")
+
+
+@pytest.mark.parametrize("words", [["generate.py", "30"], ["echo.py", "30"]])
+def test_an_example_that_is_interrupted_ends_without_a_traceback(words: list[str]) -> None:
+    command = [sys.executable, "-u", str(ROOT / "examples" / words[0]), *words[1:]]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=30)
+    assert (child.returncode, errors) == (130, "")
 
 
 def test_the_example_that_asks_gets_an_answer(tmp_path: Path) -> None:
