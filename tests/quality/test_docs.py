@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import signal
@@ -77,6 +78,21 @@ def test_pump_md_has_every_field_of_the_report(tmp_path: Path) -> None:
     fields = {*report, *guest, *null, *report["workers"][0], *Queue(0, "receiveq0").snapshot()}
     text = (ROOT / "docs/pump.md").read_text()
     assert [field for field in fields if not field.startswith(("to_", "from_")) and f"`{field}`" not in text] == []
+
+
+def test_results_md_has_every_field_of_a_result() -> None:
+    from vq.bench.facts import Facts
+    from vq.bench.measure import Run
+    from vq.bench.peers import Pair, PeerRow
+    from vq.bench.sleeping import LoadRatio, WakeUp
+    from vq.bench.summary import Row
+    from vq.bench.tune import Refused, Trial, Verdict
+
+    kinds = (Facts, Run, Row, Pair, PeerRow, WakeUp, LoadRatio, Trial, Verdict, Refused)
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    fields |= {"bits", "spread", "limited_by_driver", "ratio", "ok", "noise", "proposal", "wrong", "problems", "facts"}
+    text = (ROOT / "docs/results.md").read_text()
+    assert [name for name in sorted(fields) if f"`{name}`" not in text] == []
 
 
 def test_the_readme_names_every_kind() -> None:
