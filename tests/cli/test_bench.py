@@ -131,7 +131,6 @@ def test_the_same_signal_twice_in_a_row_is_one_request() -> None:
     assert child.stdout is not None
     child.stdout.readline()
     child.send_signal(signal.SIGTERM)
-    time.sleep(0.02)
     child.send_signal(signal.SIGTERM)
     out, errors = child.communicate(timeout=30)
     assert (child.returncode, errors) == (143, "")

@@ -133,7 +133,11 @@ def test_an_example_refuses_a_wrong_time(name: str, seconds: str) -> None:
 @pytest.mark.parametrize("words", [["generate.py", "30"], ["echo.py", "30"]])
 def test_an_example_that_is_interrupted_ends_without_a_traceback(words: list[str]) -> None:
     command = [sys.executable, "-u", str(ROOT / "examples" / words[0]), *words[1:]]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def hear() -> None:  # a shell has its jobs in the background ignore SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
     time.sleep(1.5)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=30)
