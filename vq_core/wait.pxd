@@ -4,21 +4,8 @@ O_NONBLOCK belongs to the open file, so whoever was sent the descriptor can clea
 between the poll and the read. RWF_NOWAIT belongs to the one call.
 """
 from libc.stdint cimport uint64_t
-
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int c_poll "poll"(pollfd* fds, unsigned long count, int timeout_ms) noexcept
-    short POLLIN
-
-cdef extern from "<sys/uio.h>" nogil:
-    cdef struct iovec:
-        void* iov_base
-        size_t iov_len
-    ssize_t c_preadv2 "preadv2"(int fd, const iovec* parts, int count, long offset, int flags) noexcept
-    int RWF_NOWAIT
+from posix.uio cimport RWF_NOWAIT, iovec, preadv2
+from vq_core.poll cimport POLLIN, c_poll, pollfd
 
 cdef inline void wait_add(pollfd* at, int fd) noexcept nogil:
     """Name the eventfd that entry `at` stands for."""
@@ -32,7 +19,7 @@ cdef inline void wait_drain(int fd) noexcept nogil:
     cdef iovec part
     part.iov_base = &ignored
     part.iov_len = sizeof(ignored)
-    c_preadv2(fd, &part, 1, -1, RWF_NOWAIT)
+    preadv2(fd, &part, 1, -1, RWF_NOWAIT)
 
 cdef inline bint wait_any(pollfd* fds, unsigned long count, int timeout_ms) noexcept nogil:
     """Wait until one of the eventfds was signalled or the time is over; whether one was. They are drained."""

@@ -181,10 +181,8 @@ print("again:", len(fill(1)))
 def test_mappings_of_greedy_peers_leave_room_for_everybody_else():
     """At the kernel's limit no thread starts, and truncated memory ends the process."""
     limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    if limit > 200000:
-        pytest.skip("so many mappings take too long")
     environment = os.environ | {"PYTHONPATH": str(Path(vq_core.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", GREEDY], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", GREEDY], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "a large table: no memory table of 33 regions: too many mappings in this process",

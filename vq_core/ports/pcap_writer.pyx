@@ -6,6 +6,7 @@ from vq_core.arch cimport vq_copy, vq_store_release_u32
 from vq_core.clock cimport CLOCK_MONOTONIC, CLOCK_REALTIME, SECOND_NS, clock_now, clock_wake_at
 from vq_core.counters cimport DROP_IO_ERROR, DROP_TOO_LONG, DROP_TOO_SHORT
 from vq_core.epoll cimport EPOLLIN, EPOLLOUT, epoll_move
+from vq_core.poll cimport POLLOUT, c_poll, pollfd
 from vq_core.port cimport ARM_PUSH, BURST_MAX, PACKET_MAX, burst_t, endpoint_t, packet_t
 
 cdef extern from "<unistd.h>" nogil:
@@ -13,14 +14,6 @@ cdef extern from "<unistd.h>" nogil:
     int c_ftruncate "ftruncate"(int fd, long length) noexcept
     long c_lseek "lseek"(int fd, long offset, int whence) noexcept
     int SEEK_SET
-
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int c_poll "poll"(pollfd* fds, unsigned long count, int timeout_ms) noexcept
-    short POLLOUT
 
 cdef struct record_header_t:     # PCAP_RECORD_BYTES
     uint32_t seconds

@@ -11,12 +11,8 @@ Owner: the worker of the endpoint, for every field but `fd`, which is opened and
 no worker uses the endpoint. `error` is written by the worker and read by anybody.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from posix.uio cimport iovec
 from vq_core.port cimport PACKET_MAX, Port
-
-cdef extern from "<sys/uio.h>" nogil:
-    cdef struct iovec:
-        void* iov_base
-        size_t iov_len
 
 cdef enum:
     TAP_HEADER_BYTES = 12

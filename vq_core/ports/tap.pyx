@@ -3,10 +3,12 @@ from libc.errno cimport EAGAIN, EBADF, EBADFD, EFAULT, EINTR, ENODEV, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
+from posix.uio cimport readv, writev
 from vq_core.arch cimport vq_load_u32, vq_load_u64, vq_store_release_u32, vq_store_u64
 from vq_core.counters cimport DROP_IO_ERROR, DROP_TOO_LONG, DROP_TOO_SHORT
 from vq_core.epoll cimport EPOLLIN, EPOLLOUT, epoll_move
 from vq_core.net cimport net_header_check
+from vq_core.poll cimport POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, c_poll, pollfd
 from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_ALL, OFFLOAD_CSUM, OFFLOAD_ECN, OFFLOAD_TSO4,
                            OFFLOAD_TSO6, OFFLOAD_UFO, OFFLOAD_USO4, OFFLOAD_USO6, PACKET_MAX, burst_t, endpoint_t,
                            packet_t)
@@ -15,18 +17,6 @@ import errno as errors
 import fcntl
 import os
 import struct
-
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t c_readv "readv"(int fd, const iovec* vectors, int count) noexcept
-    ssize_t c_writev "writev"(int fd, const iovec* vectors, int count) noexcept
-
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int c_poll "poll"(pollfd* fds, unsigned long count, int timeout_ms) noexcept
-    short POLLIN, POLLOUT, POLLERR, POLLHUP, POLLNVAL
 
 cdef extern from "<net/if.h>":
     int IFNAMSIZ
@@ -96,7 +86,7 @@ cdef int _pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept nogil:
         queue.vectors[1].iov_base = queue.buffer + queue.used
         queue.vectors[1].iov_len = TAP_SLOT_BYTES
         reads += 1
-        got = c_readv(queue.fd, queue.vectors, 2)
+        got = readv(queue.fd, queue.vectors, 2)
         if got < 0:
             _after_empty_read(queue, errno)
             break
@@ -173,7 +163,7 @@ cdef int _push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogi
             done += 1
             continue
         writes += 1
-        put = c_writev(queue.fd, queue.vectors, _gather(queue, packet))
+        put = writev(queue.fd, queue.vectors, _gather(queue, packet))
         if put >= 0:
             sent += 1
             total += packet.length
