@@ -2,7 +2,8 @@
 
 After a full burst with less than another one behind it, the driver is writing the very lines that would be looked at:
 its index, or the descriptors that follow. Each look takes them away from it, and what it then waits for costs more than
-what is won. So the ring is left alone for a moment, until the driver is some bursts ahead or has paused.
+is won. So the ring is left alone for a moment, until the driver is some bursts ahead or has paused: a transmitq before
+packets are pulled from it, a receiveq before its room is asked for.
 
 Nothing waits here: the worker serves its other queues meanwhile. A packet is late by HOLD_LOOKS * HOLD_CYCLES at most,
 three or four microseconds, and only behind a full burst; or by one round, if other queues make that last longer.

@@ -61,7 +61,7 @@ cdef struct queue_t:
     uint32_t reported            # broken was told to the control thread
     uint64_t calls               # notifications sent
     uint64_t calls_suppressed    # and those that the driver did not want
-    hold_t hold                  # transmitq: whether the driver is being left alone
+    hold_t hold                  # whether the driver is being left alone
     counters_t counters
 
 cdef inline void queue_publish(queue_t* queue, bint packed, uint16_t position) noexcept nogil:

@@ -663,6 +663,39 @@ def test_a_disabled_transmitq_of_long_chains_costs_a_round_no_more_than_an_enabl
     assert used == [1, 2]
 
 
+@pytest.mark.parametrize("layout", [VERSION_1, PACKED])
+def test_a_driver_that_refills_is_left_alone_for_a_moment(harness: ModuleType, layout: int) -> None:
+    """After a full burst the few buffers that are left do not count as room, until there are more or it has paused."""
+    guest, source = Guest(layout, size=256), harness.Feed()
+
+    def post(count: int) -> None:
+        guest.receiveq.poll()
+        guest.post(100, count)
+        guest.receiveq.publish()
+
+    def push(count: int) -> None:
+        for _ in range(count):
+            source.add(bytes(64))
+        assert harness.move(source, 0, guest.port, 0) == (count, count)
+
+    post(37)
+    push(32)
+    assert harness.room(guest.port, 0) == 0
+    assert wait_for(lambda: harness.room(guest.port, 0), 1) == 5
+    push(5)  # no full burst: nothing is held back
+    post(3)
+    assert harness.room(guest.port, 0) == 3
+    post(100)
+    push(32)
+    assert harness.room(guest.port, 0) >= 64  # and more than a burst is there already
+    push(32)
+    push(32)
+    assert harness.room(guest.port, 0) == 0
+    push(7)  # whoever has packets that cannot wait finds what there is
+    time.sleep(0.001)
+    assert harness.room(guest.port, 0) == 0
+
+
 @pytest.mark.parametrize(
     ("layout", "size"), [(VERSION_1, 32), (VERSION_1, 256), (PACKED, 32), (PACKED, 33), (PACKED, 256)]
 )

@@ -7,6 +7,7 @@ from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t
 from vq_core.counters cimport DROP_DISABLED, DROP_MTU, DROP_NOT_CONNECTED, DROP_TOO_LONG
 from vq_core.cursor cimport cursor_t
 from vq_core.dirty cimport dirty_mark, dirty_mark_fenced
+from vq_core.hold cimport hold_begin, hold_on
 from vq_core.memory cimport memory_translate_near, memory_translate_part, region_t
 from vq_core.net cimport net_header_bytes
 from vq_core.port cimport BURST_MAX, endpoint_t, packet_t
@@ -297,6 +298,8 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
                 queue.counters.dropped[DROP_TOO_LONG] += 1
             done += 1
     ring_commit(ring, packed, &cursor)
+    if cursor.taken == BURST_MAX:
+        hold_begin(&queue.hold)
     if ring_next_used(ring, packed) != ring_shadow_used(ring, packed):
         queue_publish(queue, packed, ring_next_used(ring, packed))
     queue.counters.packets += sent
@@ -321,6 +324,8 @@ cdef int vhost_room(endpoint_t* endpoint) noexcept nogil:
     cdef int ready
     if not queue.live:
         return -1
+    if hold_on(&queue.hold, &queue.ring, queue.ring.is_packed, BURST_MAX):
+        return 0
     ready = ring_ready(&queue.ring, queue.ring.is_packed, ROOM_ENOUGH)
     if ready <= 0:
         pair_no_entries(queue, ready)
