@@ -10,7 +10,7 @@ from vq_core.arch cimport vq_copy
 from vq_core.port cimport OFFLOAD_ALL, PACKET_MAX, Port, endpoint_t, packet_t
 
 cdef enum:
-    SLOTS = 16
+    SLOTS = 8
     SLOT_BYTES = 1536
 
 cdef struct null_t:
