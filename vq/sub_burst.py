@@ -8,7 +8,7 @@ from vq.errors import UsageError
 
 __all__ = ["SUB_BURST", "SUB_BURST_MAX", "check_sub_burst"]
 
-SUB_BURST: Final = 8
+SUB_BURST: Final = 16
 SUB_BURST_MAX: Final = 32  # a whole burst
 
 

@@ -7,7 +7,7 @@ from vq_core.switch import SwitchLane
 class Plan:
     owned: list[tuple[Port, int]]
     def __init__(
-        self, flows: Iterable[tuple[Port, int, Port | SwitchLane, int]] = (), *, sub_burst: int = 8
+        self, flows: Iterable[tuple[Port, int, Port | SwitchLane, int]] = (), *, sub_burst: int = 16
     ) -> None: ...
 
 class Worker:

@@ -1,6 +1,6 @@
 """The worker loop; the only place that gives up the GIL for long."""
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
@@ -26,12 +26,25 @@ cdef inline int _push(worker_t* worker, flow_t* flow, packet_t* packets, int cou
     return flow.target.push(flow.target, packets, count)
 
 
+cdef inline int _part(flow_t* flow, packet_t* packets, int left) noexcept nogil:
+    """How many of the `left` packets to publish at once: a sub-burst, or less of it when they are long."""
+    cdef int i, most = min(flow.step, left)
+    cdef int64_t bytes_left = <int64_t>flow.step * SUB_BURST_BYTES
+    if flow.step == BURST_MAX:
+        return left
+    for i in range(most):
+        bytes_left -= packets[i].length
+        if bytes_left <= 0:
+            return i + 1
+    return most
+
+
 cdef inline int _deliver(worker_t* worker, flow_t* flow, burst_t* burst, int first) noexcept nogil:
     """Push and release packets `first` and up; where it stopped for want of room (burst.count: all done)."""
     cdef endpoint_t* source = flow.source
     cdef int count = burst.count, size, done
     while first < count:
-        size = min(flow.step, count - first)
+        size = _part(flow, &burst.packets[first], count - first)
         done = _push(worker, flow, &burst.packets[first], size, burst.wants)
         first += done
         if done < size:
@@ -246,7 +259,8 @@ cdef class Plan:
         `source` is a Port; `target` a Port, or a SwitchLane and then `target_index` is the index of the source's
         port in the switch. Indices are endpoints (queue pairs).
     sub_burst : int
-        Packets published at once where both ends are rings of guests, 1 to 32.
+        Packets published at once where both ends are rings of guests, 1 to 32. Less than 32 end early once they
+        have sub_burst * 704 bytes together.
 
     Raises
     ------

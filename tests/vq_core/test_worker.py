@@ -343,6 +343,33 @@ def test_a_worker_stays_on_its_processor() -> None:
     assert worker.snapshot()["cpu"] == cpu
 
 
+@pytest.mark.parametrize(
+    ("sub_burst", "lengths", "parts"),
+    [
+        (16, [64] * 32, [16, 16]),
+        (16, [1518] * 32, [8, 8, 8, 8]),
+        (16, [64] * 16 + [1518] * 16, [16, 8, 8]),
+        (16, [9000, 9000] + [64] * 30, [2, 16, 14]),
+        (8, [1518] * 32, [4] * 8),
+        (1, [1518] * 32, [1] * 32),
+        (32, [1518] * 32, [32]),
+    ],
+)
+def test_a_sub_burst_of_long_packets_ends_early(
+    harness: ModuleType, sub_burst: int, lengths: list[int], parts: list[int]
+) -> None:
+    guest, target = Guest(VERSION_1, memory=GuestMemory(traffic_memory_bytes(256, 9000))), harness.Collect()
+    for length in lengths:
+        guest.send(bytes(length))
+    guest.transmitq.publish()
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(guest.port, 0, target, 0)], sub_burst=sub_burst))
+        wait_for(lambda: len(target.packets) == len(lengths))
+    assert target.pushes == parts
+    assert [len(packet[0]) for packet in target.packets] == lengths
+    assert not target.errors
+
+
 def test_only_known_ways_to_poll() -> None:
     with pytest.raises(ValueError, match="adaptive and busy"):
         Worker(None, "lazy")
