@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -236,7 +236,9 @@ def open_exchange(
                 queue.close()
 
 
-def start_device(frontend: Frontend, memory: GuestMemory, queues: Mapping[int, DriverQueue]) -> None:
+def start_device(
+    frontend: Frontend, memory: GuestMemory, queues: Mapping[int, DriverQueue], *, logged: bool = False
+) -> None:
     """Share the memory and start the rings, once features are set.
 
     Parameters
@@ -247,16 +249,20 @@ def start_device(frontend: Frontend, memory: GuestMemory, queues: Mapping[int, D
         Holds the rings and all buffers.
     queues
         Rings by index.
+    logged
+        Whether what is written to the rings is marked in the dirty log.
     """
     table: list[tuple[int, int, int, int, int]] = memory.regions
     frontend.set_mem_table([Region(*row[:4]) for row in table], [row[4] for row in table])
     for index, queue in queues.items():
         desc, avail, used = queue.addresses
-        frontend.start_ring(
-            RingSetup(
-                index, queue.size, desc, avail, used, _base(queue), kick_fd=queue.kick_fd, call_fd=queue.call_fd
-            )
+        ring = RingSetup(
+            index, queue.size, desc, avail, used, _base(queue), kick_fd=queue.kick_fd, call_fd=queue.call_fd
         )
+        if logged:
+            first = table[0]  # where the rings lie
+            ring = replace(ring, flags=v.VHOST_VRING_F_LOG, log_guest_addr=used - first[2] + first[0])
+        frontend.start_ring(ring)
     frontend.set_status(STATUS_OK)
 
 

@@ -262,7 +262,7 @@ def test_help_of_a_part_has_what_it_takes() -> None:
     assert all(f"  {name} " in peers for name in DIRECTIONS)
     tune = bench("tune", "--help").stdout
     assert "Usage: vq bench tune [AXIS=VALUES...] [OPTIONS]" in tune
-    assert all((f"  {name} " in tune) is (name not in ("size", "pause")) for name in AXES)
+    assert all((f"  {name} " in tune) is (name not in ("size", "pause", "log")) for name in AXES)
     assert "  window " not in bench("latency", "--help").stdout
     assert "microseconds between two packets" in bench("latency", "--help").stdout
 

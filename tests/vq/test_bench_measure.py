@@ -8,10 +8,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Self
 
 import pytest
 
+from vq import virtio as v
+from vq.bench.dirty_log import DirtyLog
 from vq.bench.distance import core_distance
+from vq.bench.link import Pairs, open_link
 from vq.bench.measure import Ended, measure
 from vq.bench.series import run_series
 from vq.bench.settings import Settings
@@ -39,6 +43,11 @@ def own() -> Target:
         Settings(queues=2),
         Settings(descriptors="2"),
         Settings(descriptors="indirect"),
+        Settings(event_idx="off"),
+        Settings(mergeable="off", size=9000),
+        Settings(in_order="on"),
+        Settings(in_order="on", layout="packed", descriptors="2"),
+        Settings(log="on", size=9000),
         Settings(poll="adaptive", driver="sleep"),
     ],
     ids=lambda settings: settings.words() or "defaults",
@@ -51,6 +60,40 @@ def test_throughput(settings: Settings) -> None:
     assert run.busy is not None and 0 < run.busy <= 1
     assert run.cycles is not None and run.cycles > 0
     assert (run.tag != "unknown") is TWO
+
+
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_the_log_is_written_and_taken_again_and_again(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs: list[DirtyLog] = []
+
+    class Kept(DirtyLog):
+        def __enter__(self) -> Self:
+            logs.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("vq.bench.link.DirtyLog", Kept)
+    assert measure(own(), Settings(log="on", layout=layout), "throughput", 0.5).ok
+    assert logs[0].pages > 256 * 64 // 4096  # of one pass: each ring and all buffers
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "missing"),
+    [
+        (Settings(), {v.VIRTIO_F_EVENT_IDX, v.VIRTIO_NET_F_MRG_RXBUF}, {v.VIRTIO_F_IN_ORDER, v.VHOST_F_LOG_ALL}),
+        (Settings(event_idx="off", mergeable="off"), set(), {v.VIRTIO_F_EVENT_IDX, v.VIRTIO_NET_F_MRG_RXBUF}),
+        (Settings(in_order="on", log="on"), {v.VIRTIO_F_IN_ORDER, v.VHOST_F_LOG_ALL}, set()),
+    ],
+)
+def test_features_are_those_of_the_settings(settings: Settings, there: set[int], missing: set[int]) -> None:
+    found: list[int] = []
+
+    def make(pairs: Pairs, receive_bytes: int) -> None:
+        found.append(pairs[0][0].features)
+
+    with own().open(settings) as opened, open_link(opened.path, settings, make):
+        pass
+    assert all(v.has(found[0], bit) for bit in there)
+    assert not any(v.has(found[0], bit) for bit in missing)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Final, TypeVar
 
 from vq import virtio as v
+from vq.bench.dirty_log import DirtyLog
 from vq.bench.settings import Settings
 from vq.demo import PROTOCOL_FEATURES, RECEIVE_BYTES, STATUS_OK, start_device
 from vq.errors import BackendError, UsageError
@@ -20,7 +21,13 @@ __all__ = ["Pairs", "open_link"]
 Engine = TypeVar("Engine")
 Pairs = Sequence[tuple[DriverQueue, DriverQueue]]  # (transmitq, receiveq)
 
-WANTED: Final = v.mask(v.VIRTIO_F_VERSION_1, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_NET_F_MRG_RXBUF)
+SWITCHES: Final = {
+    "event_idx": v.VIRTIO_F_EVENT_IDX,
+    "mergeable": v.VIRTIO_NET_F_MRG_RXBUF,
+    "in_order": v.VIRTIO_F_IN_ORDER,
+    "log": v.VHOST_F_LOG_ALL,
+}
+DEFAULTS: Final = Settings()
 
 
 @contextmanager
@@ -34,7 +41,7 @@ def open_link(
     path
         The back-end's socket.
     settings
-        Ring size, layout, queue pairs, descriptors, packet size.
+        Ring size, layout, queue pairs, descriptors, packet size, features, dirty log.
     make
         Makes what drives the pairs, before the back-end sees a ring, so that receive buffers can be posted. Its
         arguments are the pairs and the payload bytes of a receive buffer.
@@ -67,7 +74,9 @@ def open_link(
             engine = make(pairs, receive_bytes)
         except ValueError as error:
             raise UsageError(f"{settings.words() or 'defaults'}: {error}") from error
-        start_device(frontend, memory, queues)
+        if settings.log == "on":
+            stack.enter_context(DirtyLog(frontend, memory))
+        start_device(frontend, memory, queues, logged=settings.log == "on")
         yield engine
         frontend.set_status(STATUS_OK)
         for index in reversed(queues):
@@ -81,11 +90,21 @@ def _negotiate(frontend: Frontend, settings: Settings) -> int:
         needed["RING_PACKED (layout=packed)"] = v.VIRTIO_F_RING_PACKED
     if settings.descriptors == "indirect":
         needed["INDIRECT_DESC (descriptors=indirect)"] = v.VIRTIO_F_INDIRECT_DESC
-    if settings.size > RECEIVE_BYTES:
+    optional = v.mask(v.VIRTIO_F_VERSION_1)
+    for name, bit in SWITCHES.items():
+        if getattr(settings, name) == "on":
+            if getattr(DEFAULTS, name) == "on":
+                optional |= v.mask(bit)
+            else:
+                needed[f"{name}=on"] = bit
+    if settings.size > RECEIVE_BYTES and settings.mergeable == "on":
         needed[f"MRG_RXBUF (size={settings.size})"] = v.VIRTIO_NET_F_MRG_RXBUF
     if settings.queues > 1:
         needed[f"MQ (queues={settings.queues})"] = v.VIRTIO_NET_F_MQ
-    features = frontend.negotiate(WANTED | v.mask(*needed.values()), PROTOCOL_FEATURES)
+    protocol = PROTOCOL_FEATURES
+    if settings.log == "on":
+        protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_LOG_SHMFD)
+    features = frontend.negotiate(optional | v.mask(*needed.values()), protocol)
     for name, bit in needed.items():
         if not v.has(features, bit):
             raise BackendError("GET_FEATURES", "features", hex(frontend.offered_features), f"this needs {name}")

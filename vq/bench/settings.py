@@ -17,6 +17,7 @@ SIZE_MIN: Final = 64  # bytes: room for number, length and checksum
 SIZE_MAX: Final = 65535
 RING_MAX: Final = 32768
 VALUES_MAX: Final = 64  # of one axis
+SWITCH: Final = ("on", "off")
 POINTS_MAX: Final = 400  # of all axes together
 
 
@@ -38,6 +39,10 @@ class Settings:
         Queue pairs.
     descriptors
         Descriptors of a buffer: "1", "2" (the header has its own), or "indirect" (two in a table).
+    event_idx, mergeable, in_order
+        "on" or "off": VIRTIO_F_EVENT_IDX, VIRTIO_NET_F_MRG_RXBUF and VIRTIO_F_IN_ORDER.
+    log
+        "on" or "off": the dirty log that a live migration needs, taken empty ten times a second.
     poll
         How the back-end waits, if it is ours: "busy" or "adaptive".
     sub_burst
@@ -54,6 +59,10 @@ class Settings:
     layout: str = "split"
     queues: int = 1
     descriptors: str = "1"
+    event_idx: str = "on"
+    mergeable: str = "on"
+    in_order: str = "off"
+    log: str = "off"
     poll: str = "busy"
     sub_burst: int = SUB_BURST
     driver: str = "busy"
@@ -127,6 +136,10 @@ AXES: Final[Mapping[str, Axis]] = {
         Axis(
             "descriptors", "descriptors of a buffer: joined, header apart, in a table", choices=("1", "2", "indirect")
         ),
+        Axis("event_idx", "suppress notifications by position (EVENT_IDX)", choices=SWITCH),
+        Axis("mergeable", "packets over several receive buffers (MRG_RXBUF)", choices=SWITCH),
+        Axis("in_order", "buffers are used in their order (IN_ORDER)", choices=SWITCH),
+        Axis("log", "the dirty log of a live migration", choices=SWITCH),
         Axis("poll", "how our back-end waits", choices=("busy", "adaptive")),
         Axis("sub_burst", "packets that our back-end publishes at once", "packets", low=1, high=SUB_BURST_MAX),
         Axis("driver", "how our driver waits", choices=("busy", "sleep")),

@@ -46,6 +46,9 @@ HOW: Final = {
     "driver": "in the guest: busy polling of its driver ({value})",
     "window": "in the guest: packets under way ({value})",
     "descriptors": "in the guest's driver: {value}",
+    "event_idx": "in the guest's device: event_idx={value}",
+    "mergeable": "in the guest's device: mrg_rxbuf={value}",
+    "in_order": "in the guest's device: in_order={value}",
 }
 
 

@@ -64,7 +64,9 @@ Options of single commands: sweep --measure throughput|latency; peers --cells, -
 tune --size, --measure; see "vq bench COMMAND --help". """
 SIZES: Final = "size=64,128,256,512,1024,1518,4096,9000"
 LATENCIES: Final = ("pause=0,200", "poll=busy,adaptive", "driver=busy,sleep")
-LATENCY_AXES: Final = ("size", "ring", "layout", "poll", "sub_burst", "driver", "pause")
+LATENCY_AXES: Final = (
+    "size", "ring", "layout", "poll", "event_idx", "mergeable", "in_order", "log", "sub_burst", "driver", "pause",
+)  # fmt: skip
 PARTS: Final = ("throughput", "latency", "sweep", "peers", "tune")
 AXIS: Final = "AXIS=VALUES"
 
@@ -83,7 +85,7 @@ def bench_app() -> App:
         (latency, "[AXIS=VALUES...] ", _epilogue(LATENCY_AXES, plot="each is a line of a plot")),
         (sweep, "AXIS=VALUES... ", _epilogue(AXES)),
         (peers, "", PEERS_EPILOGUE.format(directions=listing({n: d.help for n, d in DIRECTIONS.items()}))),
-        (tune, "[AXIS=VALUES...] ", TUNE_EPILOGUE.format(axes=_describe(set(AXES) - {"size", "pause"}))),
+        (tune, "[AXIS=VALUES...] ", TUNE_EPILOGUE.format(axes=_describe(set(AXES) - {"size", "pause", "log"}))),
     ):
         usage = f"Usage: vq bench {command.__name__} {words}[OPTIONS]"
         app.command(command, usage=usage, help=paragraphs(command.__doc__), help_epilogue=epilogue)
