@@ -44,11 +44,12 @@ bench: build
 	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-autosave $(TESTS)
 
 # Each of them: a table, and the plot of the same runs.
-TUNING := size ring window layout queues latency
+TUNING := size ring window layout features queues latency
 tuning_size := throughput
 tuning_ring := sweep ring=32..4096 size=64,1518
 tuning_window := sweep window=1..256 size=64,1518
 tuning_layout := sweep descriptors=1,2,indirect layout=split,packed
+tuning_features := sweep layout=split,packed log=off,on mergeable=on,off in_order=off,on
 tuning_queues := sweep queues=1..8 poll=busy,adaptive
 tuning_latency := latency
 
