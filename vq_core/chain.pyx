@@ -1,6 +1,5 @@
 """The steps of the chain cursor."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from vq_core.packed cimport PACKED_WORK_BITS
 from vq_core.ring cimport ring_counts_slots
 
 
@@ -42,8 +41,8 @@ cdef inline bint _read(chain_t* chain, queue_t* queue, virtq_desc_t* copy) noexc
         to += 1
         addr += 1
         rest -= 1
-    if queue.ring.is_packed:     # its last two fields stand the other way round
-        copy.flags, copy.next = copy.next & PACKED_WORK_BITS, copy.flags
+    if queue.ring.is_packed:
+        packed_table_entry(copy)
     return True
 
 

@@ -188,6 +188,10 @@ cdef inline void packed_descriptor(packed_t* ring, uint16_t slot, virtq_desc_t* 
     cdef uint64_t rest = vq_load_u64(&ring.desc[slot].len)
     packed_unpack(copy, vq_load_u64(&ring.desc[slot].addr), rest)
 
+cdef inline void packed_table_entry(virtq_desc_t* copy) noexcept nogil:
+    """Turn a copied entry of an indirect table into a split one: its last two fields stand the other way round."""
+    copy.flags, copy.next = copy.next & PACKED_WORK_BITS, copy.flags
+
 # ---- buffers that were used ----
 
 cdef inline uint64_t packed_used_word(packed_t* ring, uint64_t element) noexcept nogil:

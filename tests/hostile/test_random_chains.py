@@ -51,13 +51,26 @@ indices = rarely(st.integers(NUM, 65535), st.integers(0, NUM - 2))
 rows = st.tuples(addresses, lengths, flags, indices)
 
 
+header_lengths = st.sampled_from([12, 12, 10, 11, 13])
+
+
+@st.composite
+def twins(draw: st.DrawFn, first: int) -> list[Descriptor]:
+    """A header and its data in a descriptor each, what most drivers send; `first` is the index of the header's."""
+    header, data = draw(addresses), draw(addresses)
+    way = draw(rarely(st.just(WRITE), st.just(0)))
+    return [(header, draw(header_lengths), NEXT | way, first + 1), (data, draw(lengths), way, 0)]
+
+
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[int, list[Descriptor]]:
     """An indirect table: where, and what."""
     count = draw(st.integers(1, 6))
     # Most of them are honest lists, so that walks get far.
     made = [draw(rows) for _ in range(count)]
-    if draw(st.integers(0, 3)):
+    if draw(st.booleans()):
+        made = draw(twins(0)) + draw(st.lists(rows, max_size=1))
+    elif draw(st.integers(0, 3)):
         made = [(row[0], row[1], row[2] & WRITE | (NEXT if n + 1 < count else 0), n + 1) for n, row in enumerate(made)]
     return draw(st.sampled_from([TABLES, TABLES + 5, B - 40, B - 7])), made
 
@@ -70,6 +83,9 @@ def rings(draw: st.DrawFn) -> tuple[list[Descriptor], list[tuple[int, list[Descr
         end = draw(st.integers(1, NUM - 2))
         ring[:end] = [(row[0], row[1], row[2] & WRITE | NEXT, n + 1) for n, row in enumerate(ring[:end])]
         ring[end] = (ring[end][0], ring[end][1], ring[end][2] & WRITE, 0)
+    elif draw(st.booleans()):
+        at = draw(st.integers(0, NUM - 3))
+        ring[at : at + 2] = draw(twins(at))
     placed = draw(st.lists(tables(), max_size=1))
     for addr, entries in placed:
         length = draw(st.sampled_from([16 * len(entries)] * 5 + [16 * len(entries) + 1, 8, 0, 16 * len(entries) + 16]))
@@ -153,6 +169,23 @@ HONEST_PAYLOAD = b"the honest packet " * 4
 @SETTINGS
 @given(rings())
 @example(([(ZEROES, 12, NEXT, 1), (PATTERN, 66000, 0, 0), *[(0, 0, 0, 0)] * 13], [], [0]))
+@example(([(ZEROES, 12, NEXT, 1), (PATTERN, 500, 0, 0), *[(0, 0, 0, 0)] * 13], [], [0, 0]))
+@example(([(ZEROES, 12, NEXT, 1), (GAP - 1, 500, 0, 0), *[(0, 0, 0, 0)] * 13], [], [0]))
+@example(([(ZEROES, 12, NEXT, 1), (PATTERN, 0xFFFFFFF4, 0, 0), *[(0, 0, 0, 0)] * 13], [], [0]))
+@example(
+    (
+        [(TABLES, 32, INDIRECT, 0), *[(0, 0, 0, 0)] * 14],
+        [(TABLES, [(ZEROES, 12, NEXT, 1), (PATTERN, 500, 0, 0)])],
+        [0, 0],
+    )
+)
+@example(
+    (
+        [(TABLES, 32, INDIRECT, 0), *[(0, 0, 0, 0)] * 14],
+        [(TABLES, [(ZEROES, 12, NEXT, 0), (PATTERN, 500, 0, 0)])],
+        [0],
+    )
+)
 @example(([(ZEROES, 12, NEXT, 1), (B - 6, 12, WRITE | NEXT, 2), (B, 1, 0, 0), *[(0, 0, 0, 0)] * 12], [], [0]))
 @example(
     (

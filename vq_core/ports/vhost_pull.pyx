@@ -2,7 +2,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from vq_core.arch cimport vq_prefetch, vq_snapshot_u16, vq_snapshot_u64
-from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t
+from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t, chain_twin, twin_t
 from vq_core.counters cimport DROP_DISABLED, DROP_SEGMENTS, DROP_TOO_LONG, DROP_TOO_SHORT
 from vq_core.cursor cimport cursor_t
 from vq_core.hold cimport hold_begin, hold_end, hold_on
@@ -20,7 +20,9 @@ from vq_core.virtio cimport VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC
 
 cdef enum:
     STEPS_BURST = 4096           # descriptors walked before a pull ends its burst (fairness)
-    HEADER_IS_COPIED = 0xffff    # packet.wants between the passes of a pull: the slow path has copied the header
+    # packet.wants between the passes of a pull:
+    HEADER_IS_COPIED = 0xffff    # by the slow path
+    HEADER_IS_APART = 0xfffe     # not before the data; packet.header holds a pointer to it
 
 
 cdef inline bint _header_asks(packet_t* packet, uint8_t* host) noexcept nogil:
@@ -164,9 +166,11 @@ cdef inline int _pull_live(queue_t* queue, bint packed, uint32_t header_bytes, b
     cdef cursor_t cursor, slow
     cdef chain_t chain
     cdef virtq_desc_t descriptor
+    cdef twin_t twin
     cdef packet_t* packet = burst.packets
     cdef packet_t* end
     cdef uint8_t* host
+    cdef uint8_t* header
     if hold_on(&queue.hold, ring, packed, BURST_MAX):
         return 0
     available = ring_begin(ring, packed, &cursor, limit)
@@ -205,6 +209,25 @@ cdef inline int _pull_live(queue_t* queue, bint packed, uint32_t header_bytes, b
                 packet.mark = ring_position(ring, packed, &cursor)
                 packet += 1
                 continue
+        elif chain_twin(queue, &near, packed, cursor.head, &descriptor, &twin) and \
+                ((twin.data.flags & VIRTQ_DESC_F_WRITE) == 0) & (twin.header.len == header_bytes) & \
+                (twin.data.len - 1 < PACKET_MAX):
+            header = memory_translate_near(queue.memory, &queue.hint, &near, twin.header.addr, header_bytes)
+            host = memory_translate_near(queue.memory, &queue.hint, &near, twin.data.addr, twin.data.len)
+            if header != NULL and host != NULL:
+                if pair_id_is_wrong(queue, packed, twin.id):
+                    break
+                vq_prefetch(header)
+                vq_prefetch(host)
+                (<uint8_t**>&packet.header)[0] = header
+                packet.data = host
+                packet.head_bytes = packet.length = twin.data.len
+                packet.more_count = 0
+                packet.wants = HEADER_IS_APART
+                ring_use(ring, packed, &cursor, twin.id, 0, twin.slots)
+                packet.mark = ring_position(ring, packed, &cursor)
+                packet += 1
+                continue
         if steps > STEPS_BURST:
             break
         slow = cursor
@@ -227,7 +250,11 @@ cdef inline int _pull_live(queue_t* queue, bint packed, uint32_t header_bytes, b
     i = 0
     packet = burst.packets
     while packet != end:
-        if packet.wants == HEADER_IS_COPIED or _header_asks(packet, packet.data - header_bytes):
+        header = packet.data - header_bytes
+        if packet.wants == HEADER_IS_APART:
+            header = (<uint8_t**>&packet.header)[0]
+            packet.wants = 0
+        if packet.wants == HEADER_IS_COPIED or _header_asks(packet, header):
             cause = net_header_check(packet, net_offers(queue.features))
             if cause >= 0:
                 queue.counters.dropped[cause] += 1

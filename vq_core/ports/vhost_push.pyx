@@ -1,9 +1,9 @@
 """To a guest: packets into its receiveq."""
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from vq_core.arch cimport (vq_copy, vq_fence, vq_prefetch, vq_prefetch_write, vq_put_u16, vq_put_u32, vq_put_u64,
                            vq_snapshot_u32, vq_snapshot_u64)
-from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t
+from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t, chain_twin, twin_t
 from vq_core.counters cimport DROP_DISABLED, DROP_MTU, DROP_NOT_CONNECTED, DROP_TOO_LONG
 from vq_core.cursor cimport cursor_t
 from vq_core.dirty cimport dirty_mark, dirty_mark_fenced
@@ -226,9 +226,15 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
     cdef uint64_t total = 0
     cdef cursor_t cursor, slow
     cdef virtq_desc_t descriptor
+    cdef twin_t twin
+    cdef uint16_t slots
+    cdef uint8_t* header
     cdef uint8_t* host
-    cdef uint8_t* hosts[BURST_MAX]
-    cdef gpa_t addrs[BURST_MAX]
+    cdef uint8_t* headers[BURST_MAX]
+    cdef uint8_t* hosts[BURST_MAX]       # of the payloads
+    cdef gpa_t header_addrs[BURST_MAX]   # only with a log
+    cdef gpa_t addrs[BURST_MAX]          # of payloads apart from their headers; spans[] is header_bytes then
+    cdef uint32_t spans[BURST_MAX]       # bytes written at header_addrs[]
     cdef packet_t* packet
     ready = ring_begin(ring, packed, &cursor, count)
     if ready <= 0:
@@ -248,30 +254,51 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
             if ring_look(ring, packed, &cursor, &descriptor) <= 0:
                 break            # the slow path says so
             need = header_bytes + packet.length
-            if (descriptor.flags != VIRTQ_DESC_F_WRITE) | (descriptor.len < need) | (packet.length > frame_limit):
+            if (descriptor.flags == VIRTQ_DESC_F_WRITE) & (descriptor.len >= need) & (packet.length <= frame_limit):
+                header = memory_translate_near(queue.memory, &queue.hint, &near, descriptor.addr, descriptor.len)
+                if header == NULL or (packed and descriptor.next >= ring.num):
+                    break
+                host = header + header_bytes
+                slots = 1
+                if queue.log != NULL:
+                    header_addrs[run] = descriptor.addr
+                    spans[run] = need
+            elif packet.length <= frame_limit and \
+                    chain_twin(queue, &near, packed, cursor.head, &descriptor, &twin) and \
+                    ((twin.data.flags & VIRTQ_DESC_F_WRITE) != 0) & (twin.header.len == header_bytes) & \
+                    (twin.data.len >= packet.length):
+                header = memory_translate_near(queue.memory, &queue.hint, &near, twin.header.addr, header_bytes)
+                host = memory_translate_near(queue.memory, &queue.hint, &near, twin.data.addr, twin.data.len)
+                if header == NULL or host == NULL or (packed and twin.id >= ring.num):
+                    break
+                descriptor.next = twin.id
+                slots = twin.slots
+                if queue.log != NULL:
+                    header_addrs[run] = twin.header.addr
+                    addrs[run] = twin.data.addr
+                    spans[run] = header_bytes
+            else:
                 break
-            host = memory_translate_near(queue.memory, &queue.hint, &near, descriptor.addr, descriptor.len)
-            if host == NULL or (packed and descriptor.next >= ring.num):
-                break
+            headers[run] = header
             hosts[run] = host
-            if queue.log != NULL:
-                addrs[run] = descriptor.addr
-            vq_prefetch(host)
-            vq_prefetch_write(host + header_bytes)
-            ring_use(ring, packed, &cursor, descriptor.next, need, 1)
+            vq_prefetch(header)
+            vq_prefetch_write(host)
+            ring_use(ring, packed, &cursor, descriptor.next, need, slots)
             run += 1
         packet = &packets[done]
         for j in range(run):
             if j + 1 < run:
-                _expect_payload(hosts[j + 1] + header_bytes, packet[1].length)
-            _put_header(hosts[j], &packet.header, header_bytes)
-            _put_payload(hosts[j] + header_bytes, packet)
+                _expect_payload(hosts[j + 1], packet[1].length)
+            _put_header(headers[j], &packet.header, header_bytes)
+            _put_payload(hosts[j], packet)
             total += packet.length
             packet += 1
         if queue.log != NULL and run > 0:
             vq_fence()           # pairs with whoever takes bits of the log away before it copies their pages
             for j in range(run):
-                dirty_mark_fenced(queue.log, addrs[j], header_bytes + <uint64_t>packets[done + j].length)
+                dirty_mark_fenced(queue.log, header_addrs[j], spans[j])
+                if spans[j] == header_bytes:
+                    dirty_mark_fenced(queue.log, addrs[j], packets[done + j].length)
         done += run
         sent += run
         if done < count:
