@@ -58,8 +58,9 @@ header_lengths = st.sampled_from([12, 12, 10, 11, 13])
 def twins(draw: st.DrawFn, first: int) -> list[Descriptor]:
     """A header and its data in a descriptor each, what most drivers send; `first` is the index of the header's."""
     header, data = draw(addresses), draw(addresses)
-    way = draw(rarely(st.just(WRITE), st.just(0)))
-    return [(header, draw(header_lengths), NEXT | way, first + 1), (data, draw(lengths), way, 0)]
+    ways = draw(rarely(st.sampled_from([(WRITE, 0), (0, WRITE), (WRITE, WRITE)]), st.just((0, 0)), 8))
+    after = draw(rarely(indices, st.just(first + 1)))
+    return [(header, draw(header_lengths), NEXT | ways[0], after), (data, draw(lengths), ways[1], 0)]
 
 
 @st.composite
@@ -170,6 +171,8 @@ HONEST_PAYLOAD = b"the honest packet " * 4
 @given(rings())
 @example(([(ZEROES, 12, NEXT, 1), (PATTERN, 66000, 0, 0), *[(0, 0, 0, 0)] * 13], [], [0]))
 @example(([(ZEROES, 12, NEXT, 1), (PATTERN, 500, 0, 0), *[(0, 0, 0, 0)] * 13], [], [0, 0]))
+@example(([(ZEROES, 12, WRITE | NEXT, 1), (PATTERN, 500, 0, 0), *[(0, 0, 0, 0)] * 13], [], [0]))
+@example(([(ZEROES, 12, NEXT, 1), (PATTERN, 500, WRITE, 0), *[(0, 0, 0, 0)] * 13], [], [0]))
 @example(([(ZEROES, 12, NEXT, 1), (GAP - 1, 500, 0, 0), *[(0, 0, 0, 0)] * 13], [], [0]))
 @example(([(ZEROES, 12, NEXT, 1), (PATTERN, 0xFFFFFFF4, 0, 0), *[(0, 0, 0, 0)] * 13], [], [0]))
 @example(

@@ -741,3 +741,23 @@ def test_a_driver_in_full_flow_is_left_alone_for_a_moment(harness: ModuleType, l
     guest.start(base=base & 0xFFFF)
     send(5)
     assert move() == 5
+
+
+@pytest.mark.parametrize("ring", ["transmitq", "receiveq"])
+def test_a_chain_is_never_followed_behind_its_table(harness: ModuleType, ring: str) -> None:
+    """What looks like the right descriptor does not count where the table has ended."""
+    guest, source, target = Guest(VERSION_1, memory=GuestMemory(4 << 20)), harness.Feed(), harness.Collect()
+    queue = getattr(guest, ring)
+    header, data, write = guest.memory.alloc(64), guest.memory.alloc(64), 2 if ring == "receiveq" else 0
+    table = int(queue.guest_addresses[0])
+    behind = numpy.frombuffer(guest.memory.view(table + 16 * 65535, 16), queue.desc.dtype)
+    behind[0] = (data.guest_addr, 64, write, 0)
+    queue.desc[0] = (header.guest_addr, 12, 1 | write, 65535)
+    queue.avail[2], queue.avail[1] = 0, 1
+    if ring == "receiveq":
+        source.add(b"lost")
+        harness.move(source, 0, guest.port, 0)
+    else:
+        harness.move(guest.port, 0, target, 0)
+    assert "next" in str(guest.port.queues[0 if ring == "receiveq" else 1].broken)
+    assert target.packets == [] and bytes(guest.memory.view(data.guest_addr, 4)) == bytes(4)
