@@ -19,7 +19,7 @@ from vq.bench.settings import Settings
 from vq.bench.sleeping import load_ratios, sleeping_lines, wake_ups
 from vq.bench.summary import knee, rows_of
 from vq.bench.testpmd import cycles_per_packet, rates
-from vq.bench.tune import BETTER, SAME, WORSE, Trial, combine, how_to_set, judge, make_tries
+from vq.bench.tune import BETTER, FEW, SAME, WORSE, Trial, combine, how_to_set, judge, make_tries
 from vq.cli.bench_report import fit
 
 
@@ -214,6 +214,15 @@ def test_noise_is_not_called_gain() -> None:
     best = combine(base, verdicts, ["poll", "ring"])
     assert best == Settings(poll="busy", ring=256)
     assert how_to_set(base, best) == ["poll=busy: vq pump ... --poll busy"]
+
+
+@pytest.mark.parametrize(("own", "pairs"), [(2, 5), (5, 2), (1, 1)])
+def test_fewer_than_three_pairs_are_no_verdict(own: int, pairs: int) -> None:
+    base = Settings(poll="adaptive")
+    found = [*trials("defaults", base, *[1.0] * own), *trials("poll=busy", Settings(), *[2.0] * pairs)]
+    _, (verdict,) = judge(found)
+    assert (verdict.verdict, verdict.trials) == (FEW, pairs)
+    assert combine(base, [verdict], ["poll"]) == base
 
 
 def test_tries_change_one_setting_each() -> None:

@@ -20,6 +20,8 @@ from vq.errors import BackendError, UsageError
 
 __all__ = [
     "BETTER",
+    "FEW",
+    "PAIRS_LEAST",
     "SAME",
     "WORSE",
     "Refused",
@@ -35,6 +37,8 @@ __all__ = [
 BETTER: Final = "better"
 WORSE: Final = "worse"
 SAME: Final = "no difference"
+FEW: Final = "too few pairs"
+PAIRS_LEAST: Final = 3  # with one or two of them "all pairs agree" is chance, and so is their noise
 
 # Where a setting is made, by its axis.
 HOW: Final = {
@@ -104,7 +108,8 @@ class Verdict:
     tried
         Median of the figures.
     verdict
-        "better" or "worse" when all pairs agree and the median is beyond the noise; else "no difference".
+        "better" or "worse" when all pairs agree and the median is beyond the noise; else "no difference". "too few
+        pairs" when fewer than three count, of the try or of the defaults against themselves.
     """
 
     name: str
@@ -196,14 +201,17 @@ def judge(trials: Iterable[Trial]) -> tuple[float, list[Verdict]]:
     clean = {name: [t for t in group if t.tag != MIXED] or group for name, group in groups.items()}
     own = clean.pop("defaults", [])
     noise = max((abs(trial.ratio - 1) for trial in own), default=0.0)
-    found = [_verdict(name, group, noise) for name, group in clean.items()]
+    firm = len(own) >= PAIRS_LEAST
+    found = [_verdict(name, group, noise, firm=firm) for name, group in clean.items()]
     return noise, sorted(found, key=lambda verdict: -verdict.ratio)
 
 
-def _verdict(name: str, trials: Sequence[Trial], noise: float) -> Verdict:
+def _verdict(name: str, trials: Sequence[Trial], noise: float, *, firm: bool) -> Verdict:
     ratios = [trial.ratio for trial in trials]
     median, low, high = statistics.median(ratios), min(ratios), max(ratios)
     word = BETTER if low > 1 and median > 1 + noise else WORSE if high < 1 and median < 1 - noise else SAME
+    if not firm or len(trials) < PAIRS_LEAST:
+        word = FEW
     return Verdict(
         name, trials[0].settings, len(trials), median, low, high, statistics.median(t.tried for t in trials), word
     )

@@ -80,7 +80,8 @@ def peers(
                     write_json(encode({"pair": {**asdict(pair), "ratio": pair.ratio}}))
         _show(facts, peer_rows(pairs), pairs, problems, output, early=stop.asked())
     if problems and not pairs:
-        raise problems[0][1]
+        told = _failures(problems)
+        raise ResourceError(told[0] if len(told) == 1 else "nothing was measured: every cell failed, each is told above")
     return stop.code(ok=not problems, measured=bool(pairs))
 
 
@@ -92,6 +93,11 @@ def _two(cpus: Sequence[int] | None) -> tuple[int, int]:
     if len(cpus) != 2:
         raise UsageError(f"--cpu {','.join(map(str, cpus))}: two are needed, the back-end's and the front-end's")
     return cpus[0], cpus[1]
+
+
+def _failures(problems: Sequence[tuple[Cell, ResourceError]]) -> list[str]:
+    """What went wrong, each once: a cell often fails in all its pairs for the same reason."""
+    return list(dict.fromkeys(f"{cell} failed: {error}" for cell, error in problems))
 
 
 def _records(facts: Facts, rows: Sequence[PeerRow]) -> list[dict[str, Any]]:
@@ -107,7 +113,8 @@ def _show(
     *,
     early: bool,
 ) -> None:
-    lines = [(f"{cell} failed: {error}", "red") for cell, error in problems]
+    failures = _failures(problems)
+    lines = [(line, "red") for line in failures]
     lines += _across(rows, pairs)
     save_csv(output, _records(facts, rows))
     if output.json:
@@ -119,6 +126,8 @@ def _show(
         }
         write_json(encode(record, final=True))
         return
+    if not pairs and len(failures) == 1:
+        return  # the error at the end of the program tells it
     if not rows:
         with check_output():
             print("\n".join(text for text, _ in lines) or "ended before a pair was done", flush=True)

@@ -131,7 +131,8 @@ def print_table(table: Table, lines: Sequence[tuple[str, str]], spare: Sequence[
             console.print(table)
             for line, style in lines:
                 console.print(Text(line, style=style))
-        print(text.get(), end="", flush=True)
+        # rich fills the line of a title up to the width of its table.
+        print("\n".join(line.rstrip() for line in text.get().splitlines()), flush=True)
 
 
 def _number(value: float | None, form: str = ".1f") -> str:

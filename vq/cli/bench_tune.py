@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["tune"]
 
-USUAL: Final = ("poll=busy", "sub_burst=4,16,32", "ring=128,512,1024", "layout=packed", "queues=2")
+USUAL: Final = ("poll=busy", "sub_burst=8,32", "ring=128,512,1024", "layout=packed", "queues=2")
 MANY: Final = ("sub_burst", "queues")  # nothing to one packet under way
 WRONG: Final = "not every packet came back once, in order and unchanged"
-COLOURS: Final = {"better": "green", "worse": "red"}
+COLOURS: Final = {"better": "green", "worse": "red", "too few pairs": "dim"}
+USUAL_PAIRS: Final = 5
 
 
 def tune(
@@ -40,13 +41,13 @@ def tune(
         str | None, Parameter(help="Processors of the workers, and last the driver's, such as 0,1. Default: first two.")
     ] = None,
     seconds: Annotated[float, Parameter(help="Counted seconds of a run.")] = 0.4,
-    repeat: Annotated[Whole, Parameter(help="Pairs of each try.")] = 5,
+    repeat: Annotated[Whole, Parameter(help="Pairs of each try; a verdict takes 3.")] = USUAL_PAIRS,
     output: Output | None = None,
 ) -> int:
     """Try settings against the defaults of vq pump (adaptive polling, a ring of 256), and propose what is better.
 
     Each try is paired with the defaults beside it; the defaults are also measured against themselves, and only what is
-    beyond that noise in every pair is called better. At the end all that is better is tried together.
+    beyond that noise in every pair is called better, of three or more. At the end all that is better is tried together.
     """
     from vq.bench.settings import AXES
 
@@ -119,6 +120,8 @@ def _show(
         return
     from rich.table import Table
 
+    from vq.bench.tune import FEW, PAIRS_LEAST
+
     table = Table(title=f"{measure}: how many times better than the defaults", title_justify="left")
     for name in ("try", "better by", "min-max", "figure", "pairs", "verdict"):
         table.add_column(name, justify="left" if name in ("try", "verdict") else "right", no_wrap=True)
@@ -129,8 +132,13 @@ def _show(
         table.add_row(v.name, f"{v.ratio - 1:+.0%}", spread, figure, str(v.trials), v.verdict, style=style)
     lines = [(f"noise: the defaults against themselves differ by up to {noise:.0%}", "")]
     lines += [(f"{item.name} was not tried: {item.why}", "yellow") for item in refused]
-    lines += [("propose:", "bold"), *((f"  {line}", "green") for line in proposal)] if proposal else []
-    lines += [] if proposal else [("propose: keep the defaults; nothing was better beyond the noise", "bold")]
+    few = [v.name for v in verdicts if v.verdict == FEW]
+    if few:
+        lines.append((f"{FEW} for a verdict: take --repeat {PAIRS_LEAST} or more, {USUAL_PAIRS} by default", "yellow"))
+    if proposal:
+        lines += [("propose:", "bold"), *((f"  {line}", "green") for line in proposal)]
+    elif len(few) < len(verdicts):
+        lines.append(("propose: keep the defaults; nothing was better beyond the noise", "bold"))
     lines += [(f"{WRONG}, in pairs of: {', '.join(wrong)}", "bold red")] if wrong else []
     lines += [("ended early: fewer pairs than asked for", "yellow")] if early else []
     print_table(table, [*lines, *((line, "dim") for line in facts.lines())], ("pairs", "figure", "min-max"))
