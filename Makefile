@@ -41,7 +41,7 @@ lint: build
 
 bench: build
 	@$(call EXTRA,bench)
-	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-autosave $(TESTS)
+	@$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-autosave --benchmark-columns=min,median $(TESTS)
 
 # Each of them: a table, and the plot of the same runs.
 TUNING := size ring window layout features queues latency

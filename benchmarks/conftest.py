@@ -44,6 +44,7 @@ def pytest_benchmark_update_json(
         item["stats"].pop("data", None)
 
 
+@pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark, which are longer than a screen
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print one table of all stages that ran."""
     infos = config.stash[INFOS]

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import WHERE, read_result
+
 KEPT = Path(__file__).with_name("results") / "stages.json"
 
 
@@ -42,12 +44,12 @@ def compact(result: dict[str, Any]) -> str:
 def main(paths: list[str]) -> int:
     """Keep the stages of one file."""
     if len(paths) != 1:
-        print("usage: python -m benchmarks.keep RESULT", file=sys.stderr)
+        print(f"usage: python -m benchmarks.keep RESULT; {WHERE}", file=sys.stderr)
         return 2
     try:
-        text = compact(json.loads(Path(paths[0]).read_text()))
+        text = compact(read_result(paths[0]))
     except ValueError as problem:
-        print(f"{paths[0]}: {problem}", file=sys.stderr)
+        print(problem, file=sys.stderr)
         return 1
     KEPT.parent.mkdir(exist_ok=True)
     KEPT.write_text(text)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 LAYOUTS = ("split", "packed", "any")
+WHERE = "make bench keeps results under .benchmarks/"
 Row = tuple[str, str, str]
 
 
@@ -67,17 +68,39 @@ def table(infos: Iterable[Mapping[str, Any]], older: Iterable[Mapping[str, Any]]
     return result
 
 
+def read_result(path: str) -> dict[str, Any]:
+    """A file that pytest-benchmark wrote.
+
+    Raises
+    ------
+    ValueError
+        There is none; the message says so in a line.
+    """
+    try:
+        result = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{path}: {getattr(problem, 'strerror', None) or 'no JSON'}; {WHERE}") from problem
+    if not isinstance(result, dict) or not {"benchmarks", "commit_info"} <= result.keys():
+        raise ValueError(f"{path}: no result of pytest-benchmark; {WHERE}")
+    return result
+
+
 def load(path: str) -> list[dict[str, Any]]:
-    """`extra_info` of each benchmark in a file that pytest-benchmark wrote."""
-    return [item["extra_info"] for item in json.loads(Path(path).read_text())["benchmarks"]]
+    """`extra_info` of each benchmark of a result."""
+    return [item["extra_info"] for item in read_result(path)["benchmarks"]]
 
 
 def main(paths: list[str]) -> int:
     """Print the table of one file, or of two side by side."""
     if not 1 <= len(paths) <= 2:
-        print("usage: python -m benchmarks.table RESULT [OLDER]", file=sys.stderr)
+        print(f"usage: python -m benchmarks.table RESULT [OLDER]; {WHERE}", file=sys.stderr)
         return 2
-    Console().print(table(*(load(path) for path in paths), title=" beside ".join(paths)))
+    try:
+        infos = [load(path) for path in paths]
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    Console().print(table(*infos, title="\nbeside ".join(Path(path).name for path in paths)))
     return 0
 
 

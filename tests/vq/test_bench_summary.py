@@ -8,6 +8,7 @@ import io
 
 import pytest
 
+import vq
 from vq.bench.child import complaints
 from vq.bench.curves import knee_lines, panels_of
 from vq.bench.distance import tag_of
@@ -20,7 +21,8 @@ from vq.bench.sleeping import load_ratios, sleeping_lines, wake_ups
 from vq.bench.summary import knee, rows_of
 from vq.bench.testpmd import cycles_per_packet, rates
 from vq.bench.tune import BETTER, FEW, SAME, WORSE, Trial, combine, how_to_set, judge, make_tries
-from vq.cli.bench_report import fit
+from vq.cli.bench_peers import peer_records
+from vq.cli.bench_report import fit, print_table
 
 
 def run(settings: Settings, rate: float, *, near: bool = True, kind: str = "throughput", **more: object) -> Run:
@@ -122,6 +124,22 @@ def test_a_narrow_terminal_is_spared_columns() -> None:
     assert (narrow.title, narrow.rows[0].style) == ("of widths", "red")
 
 
+def test_a_terminal_too_narrow_for_a_table_gets_lines_with_all_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.table import Table
+
+    table = Table(title="of widths")
+    for heading in ("setting", "first", "second"):
+        table.add_column(heading, no_wrap=True)
+    table.add_row("busy", "123456.78", "", style="red")
+    for width, found in ((40, "│ 123456.78 │"), (20, "of widths\nsetting busy, first\n123456.78\nbelow\n")):
+        for name, value in (("COLUMNS", str(width)), ("TTY_COMPATIBLE", "1"), ("NO_COLOR", "1"), ("TERM", "xterm")):
+            monkeypatch.setenv(name, value)
+        print_table(table, [("below", "")])
+        assert found in capsys.readouterr().out
+
+
 def test_a_percentile_of_a_few_round_trips_is_not_shown() -> None:
     latency = {"mean": 600.0, "p50": 500.0, "p99": 2000.0, "p99_9": 8000.0, "max": 1e6}
     counts = {19: [], 20: ["p50"], 999: ["p50"], 1000: ["p50", "p99"], 9999: ["p50", "p99"], 10_000: [*PERCENTILES]}
@@ -134,6 +152,7 @@ def test_a_percentile_of_a_few_round_trips_is_not_shown() -> None:
     few = dataclasses.replace(trips(Settings(pause=200), 500, 900), packets=500)
     (wake,) = wake_ups(rows_of([asleep, few]))
     assert (wake.asleep, wake.added) == ({"p50": 9500}, {"p50": 9000})
+    assert wake_ups(rows_of([asleep, dataclasses.replace(few, packets=19)])) == []
 
 
 def test_a_knee_says_how_sure_it_is() -> None:
@@ -146,6 +165,12 @@ def test_a_knee_says_how_sure_it_is() -> None:
     runs = [run(Settings(window=window), rates[1], busy=0.5) for window, rates in rates_of.items()]
     (line,) = knee_lines(rows_of(runs))
     assert line.endswith("the best Mpps; it is the driver's or the window's (*)")
+
+
+def test_a_csv_of_peers_has_both_rates() -> None:
+    pair = Pair("io-split-64", (80.0,) * 4, "near", 2e6, 3e6, None, None)
+    (record,) = csv.DictReader(io.StringIO(csv_text(peer_records(gather("vq bench peers"), peer_rows([pair])))))
+    assert (record["dpdk"], record["vq"], record["vq_version"]) == ("2000000.0", "3000000.0", vq.__version__)
 
 
 def test_facts_belong_to_every_row_of_a_csv() -> None:

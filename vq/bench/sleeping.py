@@ -34,7 +34,7 @@ class WakeUp:
         How often it slept for each round trip: 1 if it did so before every one; above 1 if more than once.
     asleep, awake
         p50 and p99 of the round trip, nanoseconds: of the back-end that slept, and of one that polls all the time;
-        `awake` is empty if that was not measured. p99 is left out where there were too few round trips for it.
+        `awake` is empty if that was not measured. Each is left out where one of the rows has too few round trips for it.
     added
         The difference of both: the wake latency.
     """
@@ -79,7 +79,9 @@ def wake_ups(rows: Iterable[Row]) -> list[WakeUp]:
         if row.settings.poll == "busy" or not row.settings.pause or share < ASLEEP:
             continue
         other = busy.get((replace(row.settings, poll="busy"), row.tag))
-        names = [n for n in SHOWN if n == "p50" or (row.firm(n) and (other is None or other.firm(n)))]
+        names = [name for name in SHOWN if row.firm(name) and (other is None or other.firm(name))]
+        if not names:
+            continue
         asleep = {name: row.latency[name] for name in names}
         awake = {name: other.latency[name] for name in names} if other else {}
         added = {name: asleep[name] - ns for name, ns in awake.items()}

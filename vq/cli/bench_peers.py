@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vq.bench.facts import Facts
     from vq.bench.peers import Pair, PeerRow
 
-__all__ = ["peers"]
+__all__ = ["peer_records", "peers"]
 
 
 def peers(
@@ -100,8 +100,10 @@ def _failures(problems: Sequence[tuple[Cell, ResourceError]]) -> list[str]:
     return list(dict.fromkeys(f"{cell} failed: {error}" for cell, error in problems))
 
 
-def _records(facts: Facts, rows: Sequence[PeerRow]) -> list[dict[str, Any]]:
-    return [{**asdict(row), **asdict(facts)} for row in rows]
+def peer_records(facts: Facts, rows: Sequence[PeerRow]) -> list[dict[str, Any]]:
+    """Rows for a CSV; the version has another name than in `Facts`, since a row has a rate of that name."""
+    more = {"vq_version" if name == "vq" else name: value for name, value in asdict(facts).items()}
+    return [{**asdict(row), **more} for row in rows]
 
 
 def _show(
@@ -116,7 +118,7 @@ def _show(
     failures = _failures(problems)
     lines = [(line, "red") for line in failures]
     lines += _across(rows, pairs)
-    save_csv(output, _records(facts, rows))
+    save_csv(output, peer_records(facts, rows))
     if output.json:
         record = {
             "facts": asdict(facts),

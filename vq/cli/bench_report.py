@@ -14,6 +14,7 @@ from vq.errors import ResourceError
 from vq.stats import encode
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
     from vq.bench.facts import Facts
@@ -89,17 +90,21 @@ def fit(table: Table, width: int, spare: Sequence[str]) -> tuple[Table, list[str
     tuple of (Table, list of str)
         The table, and the headings that it lacks.
     """
-    from rich.console import Console
-
-    ruler = Console(width=1000)
     left_out: list[str] = []
     headings = {str(column.header) for column in table.columns}
     for name in [name for name in spare if name in headings]:
-        if ruler.measure(table).maximum <= width:
+        if _wide(table) <= width:
             break
         left_out.append(name)
         table = _without(table, name)
     return table, left_out
+
+
+def _wide(table: Table) -> int:
+    """The columns that a table takes when nothing of it is cut."""
+    from rich.console import Console
+
+    return Console(width=1000).measure(table).maximum
 
 
 def _without(table: Table, heading: str) -> Table:
@@ -114,8 +119,23 @@ def _without(table: Table, heading: str) -> Table:
     return found
 
 
+def _plain(table: Table) -> Group:
+    """A table as lines, a row each: for a terminal so narrow that it would cut figures."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines = [Text(str(table.title))]
+    for row, cells in zip(table.rows, zip(*(column.cells for column in table.columns), strict=True), strict=True):
+        words = [f"{column.header} {cell}" for column, cell in zip(table.columns, cells, strict=True) if cell]
+        lines.append(Text(", ".join(words), style=row.style or ""))
+    return Group(*lines)
+
+
 def print_table(table: Table, lines: Sequence[tuple[str, str]], spare: Sequence[str] = ()) -> None:
-    """Print a table and the lines below it, each with its style; on a narrow terminal without what is spare."""
+    """Print a table and the lines below it, each with its style.
+
+    On a narrow terminal the table lacks what is spare; where that is not enough its rows are lines.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -128,7 +148,7 @@ def print_table(table: Table, lines: Sequence[tuple[str, str]], spare: Sequence[
     # Not printed by rich, which takes a reader that went away for exit code 1, here a failed verification.
     with check_output():
         with console.capture() as text:
-            console.print(table)
+            console.print(table if _wide(table) <= console.width else _plain(table))
             for line, style in lines:
                 console.print(Text(line, style=style))
         # rich fills the line of a title up to the width of its table.
