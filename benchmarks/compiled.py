@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import vq_core
+from vq_core.compiled import compiled
 
 HERE = Path(__file__).resolve().parent
 _folder = TemporaryDirectory(prefix="vq-stages-")  # lives as long as the process: the module is loaded from it
@@ -52,6 +53,11 @@ def settings() -> dict[str, Any]:
     return found
 
 
+def flags() -> list[str]:
+    """Flags of the stages: setup.py's, and those by which this engine was compiled for another processor (CFLAGS)."""
+    return [*settings()["FLAGS"], *(word for word in compiled()["flags"].split() if word.startswith("-m"))]
+
+
 @cache
 def stages() -> ModuleType:
     """Build and import stages.pyx, once a process.
@@ -67,7 +73,7 @@ def stages() -> ModuleType:
     job = {
         "root": str(package.parent),
         "headers": str(package / "include"),
-        "flags": settings()["FLAGS"],
+        "flags": flags(),
         "directives": settings()["DIRECTIVES"],
     }
     done = subprocess.run(

@@ -13,8 +13,9 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import vq
-from benchmarks.compiled import settings
+from benchmarks.compiled import flags
 from benchmarks.table import table
+from vq_core.compiled import compiled
 
 INFOS = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -37,7 +38,10 @@ def pytest_benchmark_update_json(
     """Keep commit and build, and drop what is long or says nothing about the engine."""
     commit = output_json["commit_info"]
     output_json["commit_info"] = {name: commit.get(name) for name in ("id", "time", "dirty")}
-    output_json["build"] = {"vq": vq.__version__, "flags": settings()["FLAGS"]}
+    build = compiled()
+    output_json["build"] = {
+        "vq": vq.__version__, "compiler": build["compiler"], "flags": flags(), "baseline": build["baseline"],
+    }  # fmt: skip
     for item in output_json["benchmarks"]:
         item["params"] = None
         item.pop("options", None)

@@ -85,9 +85,15 @@ def read_result(path: str) -> dict[str, Any]:
     return result
 
 
-def load(path: str) -> list[dict[str, Any]]:
-    """`extra_info` of each benchmark of a result."""
-    return [item["extra_info"] for item in read_result(path)["benchmarks"]]
+def infos_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`extra_info` of each benchmark."""
+    return [item["extra_info"] for item in result["benchmarks"]]
+
+
+def title_of(path: str, result: Mapping[str, Any]) -> str:
+    """The name of a file, and the instruction set of the engine if the result says it."""
+    baseline = result.get("build", {}).get("baseline")
+    return Path(path).name + (f" for {baseline}" if baseline else "")
 
 
 def main(paths: list[str]) -> int:
@@ -96,11 +102,12 @@ def main(paths: list[str]) -> int:
         print(f"usage: python -m benchmarks.table RESULT [OLDER]; {WHERE}", file=sys.stderr)
         return 2
     try:
-        infos = [load(path) for path in paths]
+        results = [read_result(path) for path in paths]
     except ValueError as problem:
         print(problem, file=sys.stderr)
         return 1
-    Console().print(table(*infos, title="\nbeside ".join(Path(path).name for path in paths)))
+    title = "\nbeside ".join(map(title_of, paths, results))
+    Console().print(table(*map(infos_of, results), title=title))
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks.cases import CASES, HEADERS, Case, Job, prepare
 from benchmarks.compiled import stages as compiled_stages
 from benchmarks.guest import GUEST_ADDR, HEADER_BYTES, RINGS, Guest
 from benchmarks.keep import KEPT, compact
-from benchmarks.table import load, rows, table
+from benchmarks.table import infos_of, main, read_result, rows, table
 
 LAPS = 3  # odd: in the packed layout the last one runs with the other wrap counter
 CSUM, TSO4 = 1, 2
@@ -223,7 +224,7 @@ def test_a_result_is_kept_in_short_and_only_of_a_commit() -> None:
 
 
 def test_the_kept_result_has_every_case() -> None:
-    kept = load(str(KEPT))
+    kept = infos_of(read_result(str(KEPT)))
     assert {(info["stage"], info["variant"], info["layout"]) for info in kept} == {
         (case.stage, case.variant, case.layout) for case in CASES
     }
@@ -234,3 +235,28 @@ def test_a_machine_is_named_by_its_processor_only() -> None:
     machine = {"node": "somewhere", "cpu": {"brand_raw": "a processor", "flags": []}, "release": "6"}
     hooks.pytest_benchmark_update_machine_info(None, machine)
     assert machine == {"cpu": "a processor"}
+
+
+def test_a_result_says_for_what_it_was_compiled(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    hooks = importlib.import_module("benchmarks.conftest")
+    result: dict[str, object] = {"commit_info": {"id": "c", "dirty": False}, "benchmarks": []}
+    hooks.pytest_benchmark_update_json(None, [], result)
+    build = result["build"]
+    assert isinstance(build, dict)
+    assert build["baseline"] and build["compiler"] and "-O3" in build["flags"]
+    path = tmp_path / "0001.json"
+    path.write_text(json.dumps(result))
+    assert main([str(path)]) == 0
+    assert f"0001.json for {build['baseline']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", "[]"])
+def test_a_file_that_is_no_result_is_told_in_a_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str | None
+) -> None:
+    path = tmp_path / "0001.json"
+    if text is not None:
+        path.write_text(text)
+    assert main([str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: ") and line.endswith("make bench keeps results under .benchmarks/")

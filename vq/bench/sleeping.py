@@ -34,7 +34,7 @@ class WakeUp:
         How often it slept for each round trip: 1 if it did so before every one; above 1 if more than once.
     asleep, awake
         p50 and p99 of the round trip, nanoseconds: of the back-end that slept, and of one that polls all the time;
-        `awake` is empty if that was not measured. Each is left out where one of the rows has too few round trips for it.
+        `awake` is empty if that was not measured. Each is left out where a row has too few round trips for it.
     added
         The difference of both: the wake latency.
     """

@@ -81,7 +81,7 @@ def peers(
         _show(facts, peer_rows(pairs), pairs, problems, output, early=stop.asked())
     if problems and not pairs:
         told = _failures(problems)
-        raise ResourceError(told[0] if len(told) == 1 else "nothing was measured: every cell failed, each is told above")
+        raise ResourceError(told[0] if len(told) == 1 else "nothing was measured: every cell failed, as told above")
     return stop.code(ok=not problems, measured=bool(pairs))
 
 
