@@ -33,6 +33,7 @@ UNCLOSED_MAX: Final = 64  # descriptors of one front-end that hang in close()
 SENTENCE_S: Final = 30.0  # until a front-end may come after one that held us up
 PAUSE_S: Final = 0.1  # until the next accept after one that failed for want of descriptors
 WARNINGS_MAX: Final = 10  # of one device at once; one more each second
+REPEAT_S: Final = 30.0  # until the same words are logged again: QEMU reconnects each second, with the same mistake
 
 
 class Backend:
@@ -99,6 +100,7 @@ class Backend:
         self._warnings = float(WARNINGS_MAX)  # that may be logged now
         self._warned_at = time.monotonic()
         self._unsaid = 0
+        self._said = ("", 0.0)  # the last warning logged, and when
         self.closed = False
         self._epoll = select.epoll()
         self._timer = Timer()
@@ -179,15 +181,18 @@ class Backend:
         Parameters
         ----------
         text
-            What happened. Beyond `WARNINGS_MAX` at once, one a second is logged, and it tells how many were not.
+            What happened. Beyond `WARNINGS_MAX` at once, one a second is logged, the same one twice only after
+            `REPEAT_S`; and it tells how many were not.
         """
         now = time.monotonic()
         self._warnings = min(WARNINGS_MAX, self._warnings + now - self._warned_at)
         self._warned_at = now
-        if self._warnings < 1:
+        last, when = self._said
+        if self._warnings < 1 or (text == last and now - when < REPEAT_S):
             self._unsaid += 1
             return
         self._warnings -= 1
+        self._said = (text, now)
         more = f" unsaid={self._unsaid}" if self._unsaid else ""
         self._unsaid = 0
         logger.warning("device=%s error=%r%s", self.device.name, text, more)

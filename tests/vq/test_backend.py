@@ -236,3 +236,15 @@ def test_a_guest_that_posts_buffers_is_not_warned_of(
         guest.post(2000, 4)
         soon(lambda: not backend.watch())
     assert "posted no buffer" not in caplog.text
+
+
+def test_the_same_mistake_again_and_again_is_told_once_in_a_while(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(path=path) as backend:
+        for text in ("one", "one", "one", "another", "one"):
+            backend.warn(text)
+        monkeypatch.setattr("vq.backend.REPEAT_S", 0.0)
+        backend.warn("one")
+    said = [record.getMessage().partition("error=")[2] for record in caplog.records]
+    assert said == ["'one'", "'another' unsaid=2", "'one'", "'one'"]
