@@ -136,7 +136,10 @@ def _show(
         return
     lines += [("ended early, with what was measured until then", "yellow")] if early else []
     lines += [(line, "dim") for line in facts.lines()]
-    print_table(_table(rows), lines, ("pairs", "min-max", "cores"))
+    spare = ["pairs", "min-max"]
+    if len({row.tag for row in rows}) == 1:  # else it tells the two rows of a cell apart
+        spare.append("cores")
+    print_table(_table(rows), lines, spare)
 
 
 def _across(rows: Sequence[PeerRow], pairs: Sequence[Pair]) -> list[tuple[str, str]]:
@@ -162,10 +165,11 @@ def _table(rows: Sequence[PeerRow]) -> Any:
 
     table = Table(title="packets a second at the front-end, DPDK's back-end and ours", title_justify="left")
     cycles = any(row.dpdk_cycles is not None or row.vq_cycles is not None for row in rows)
-    names = ["cell", "cores", "DPDK Mpps", "vq Mpps", "vq / DPDK", "min-max", "pairs"]
-    names += ["DPDK cycles", "vq cycles"] if cycles else []
+    # In two lines, so that a terminal of 80 columns has room for all that is left without what is spare.
+    names = ["cell", "cores", "DPDK\nMpps", "vq\nMpps", "vq /\nDPDK", "min-max", "pairs"]
+    names += ["DPDK\ncycles", "vq\ncycles"] if cycles else []
     trip = any(row.cell.startswith("rtt") for row in rows)
-    names += ["round trip ns, DPDK / vq"] if trip else []
+    names += ["round trip ns,\nDPDK / vq"] if trip else []
     for name in names:
         table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=True)
     for row in rows:

@@ -126,7 +126,8 @@ def _plain(table: Table) -> Group:
 
     lines = [Text(str(table.title))]
     for row, cells in zip(table.rows, zip(*(column.cells for column in table.columns), strict=True), strict=True):
-        words = [f"{column.header} {cell}" for column, cell in zip(table.columns, cells, strict=True) if cell]
+        pairs = zip((" ".join(str(column.header).split()) for column in table.columns), cells, strict=True)
+        words = [f"{heading} {cell}" for heading, cell in pairs if cell]
         lines.append(Text(", ".join(words), style=row.style or ""))
     return Group(*lines)
 
