@@ -156,7 +156,8 @@ def _check(found: Sequence[Settings], kind: str, options: Options) -> None:
         for point in found:
             if point.queues != 1 or point.window not in (0, 1) or point.descriptors != "1" or point.size > 9216:
                 raise UsageError(
-                    f"{point.words()}: latency is that of one packet of up to 9216 bytes in one descriptor and one pair"
+                    f"{point.words()}: latency is that of one packet of up to 9216 bytes in one descriptor and one"
+                    " pair; leave out what differs"
                 )
 
 
