@@ -75,6 +75,10 @@ cdef inline bint chain_twin(queue_t* queue, region_t* near, bint packed, uint16_
             twin.id = head
         twin.slots = 1
     elif first.flags & VIRTQ_DESC_F_NEXT:
+        # Else the second descriptor would be the first one, which may have lost its NEXT by now: a buffer longer than
+        # its ring, and a packed place outside of it.
+        if queue.ring.num < 2:
+            return False
         twin.header = first[0]
         twin.slots = 2
         if packed:

@@ -15,6 +15,7 @@
     move(source, i, target, j, limit=32, step=32)    one round of a flow: pull, push, release, flush
     arm(port, index, pull, push)                     ask an endpoint for wake-ups, as a worker does before it sleeps
     set_accepts(port, index, accepts)                what an endpoint of any port says it accepts
+    twin(port, receiveq, head, first)            chain_twin for a chain whose first descriptor was read already
     drain(fd)                                    what a waiting driver does with an eventfd that was signalled
     measure_offload, measure_forward, measure_sum    cycles
 
@@ -30,11 +31,16 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from vq_core.arch cimport vq_cycles, vq_load_acquire_u32, vq_store_release_u32
+from vq_core.chain cimport chain_twin, twin_t
+from vq_core.memory cimport region_t
 from vq_core.net cimport net_header_check
 from vq_core.offload cimport Offload, checksum_add, checksum_fold, offload_push
 from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_ALL, SEGMENTS_MAX, Port, burst_t, endpoint_t,
                            packet_t, segment_t)
+from vq_core.ports.vhost cimport VhostPort
+from vq_core.queue cimport queue_t
 from vq_core.switch cimport SwitchLane, switch_forward
+from vq_core.virtio cimport virtq_desc_t
 from vq_core.wait cimport wait_drain
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -485,6 +491,26 @@ def arm(Port port, int index, bint pull=True, bint push=False):
 def room(Port port, int index):
     """How many packets the endpoint says a push could take; -1: nobody is there."""
     return port.endpoints[index].room(port.endpoints[index])
+
+
+def twin(VhostPort port, bint receiveq, int head, first):
+    """What chain_twin makes of the chain that begins with `first`, an (addr, len, flags, next) that was at `head` when
+    it was read: None, or its two descriptors as (addr, len, flags), its slots and its id.
+    """
+    cdef queue_t* queue = port.pairs[0].receiveq if receiveq else port.pairs[0].transmitq
+    cdef region_t near = queue.hint[0]
+    cdef virtq_desc_t descriptor
+    cdef twin_t found
+    cdef bint is_twin
+    descriptor.addr, descriptor.len, descriptor.flags, descriptor.next = first
+    if queue.ring.is_packed:
+        is_twin = chain_twin(queue, &near, True, head, &descriptor, &found)
+    else:
+        is_twin = chain_twin(queue, &near, False, head, &descriptor, &found)
+    if not is_twin:
+        return None
+    return ((found.header.addr, found.header.len, found.header.flags), (found.data.addr, found.data.len,
+            found.data.flags), found.slots, found.id)
 
 
 def internet_checksum(bytes data):
