@@ -8,6 +8,8 @@ import struct
 import time
 from pathlib import Path
 
+import pytest
+
 from vq.backend import Backend
 from vq.devices.net import NetDevice
 from vq.reaper import GRACE_S, Reaper
@@ -42,6 +44,19 @@ def test_a_lingering_socket_costs_a_moment_only() -> None:
     while reaper.busy and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not reaper.busy
+    reader.close()
+    reaper.stop()
+
+
+def test_the_path_of_a_file_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has a mount namespace of its own gives a file system of its own any path, that of a memfd too."""
+    reaper = Reaper()
+    fd, reader = lingering()
+    monkeypatch.setattr(os, "readlink", lambda path: "/memfd:x/file")
+    begin = time.monotonic()
+    reaper.close(fd)
+    assert time.monotonic() - begin < 10 * GRACE_S < LINGER_S
+    assert reaper.busy == 1
     reader.close()
     reaper.stop()
 
