@@ -1,5 +1,6 @@
 """Memory maps from file descriptors (vhost-user: SET_MEM_TABLE, ADD_MEM_REG)."""
 from cpython.exc cimport PyErr_SetFromErrno
+from libc.errno cimport ENOSPC, errno as c_errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from vq_core.virtio cimport gpa_t, uva_t
@@ -10,7 +11,8 @@ import stat
 
 cdef extern from "vq_guard.h" nogil:
     int vq_guard_install() noexcept
-    void* vq_guard_add(void* start, uint64_t bytes, uint32_t* flag) noexcept
+    long vq_guard_used() noexcept
+    void* vq_guard_add(void* start, uint64_t bytes, uint32_t* flag, long most) noexcept
     void vq_guard_remove(void* slot) noexcept
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -46,7 +48,6 @@ def _mappings_max():
 
 
 cdef long _mappings_limit = _mappings_max()
-cdef long _mappings = 0          # of peers in this process; under the GIL
 
 
 cdef region_t* memory_find(memory_t* memory, gpa_t addr) noexcept nogil:
@@ -76,27 +77,23 @@ cdef uint8_t* memory_user_translate(memory_t* memory, uva_t addr, uint64_t lengt
 
 cdef int _check_room(long regions) except -1:
     """Keep the last half of the room for tables of the usual size, so that nobody needs to go without memory."""
-    if regions > TABLE_USUAL and _mappings >= _mappings_limit // 2:
+    if regions > TABLE_USUAL and vq_guard_used() >= _mappings_limit // 2:
         raise OSError(errno.ENOMEM, f"no memory table of {regions} regions: too many mappings in this process")
     return 0
 
 
 cdef void* memory_guard(void* start, uint64_t bytes, uint32_t* flag) except? NULL:
-    global _mappings
-    if _mappings >= _mappings_limit:
-        raise OSError(errno.ENOMEM, f"too many mappings in this process: {_mappings}")
     if vq_guard_install() != 0:
         PyErr_SetFromErrno(OSError)
-    cdef void* guard = vq_guard_add(start, bytes, flag)
+    cdef void* guard = vq_guard_add(start, bytes, flag, _mappings_limit)
     if guard == NULL:
+        if c_errno == ENOSPC:
+            raise OSError(errno.ENOMEM, f"too many mappings in this process: {_mappings_limit}")
         raise MemoryError("memory guard")
-    _mappings += 1
     return guard
 
 
 cdef void memory_unguard(void* guard) noexcept:
-    global _mappings
-    _mappings -= 1
     vq_guard_remove(guard)
 
 

@@ -9,6 +9,7 @@
 #ifndef VQ_GUARD_H
 #define VQ_GUARD_H
 
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -25,6 +26,7 @@ typedef struct vq_guard_node {
 
 static vq_guard_node *vq_guard_list;
 static vq_guard_node *vq_guard_free;
+static long vq_guard_count; /* ranges that are guarded; written under the lock */
 static pthread_mutex_t vq_guard_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct sigaction vq_guard_previous;
 static int vq_guard_installed;
@@ -70,9 +72,18 @@ static int vq_guard_install(void) {
     return result;
 }
 
-/* Guards [start, start + bytes); returns a handle for vq_guard_remove, or NULL without memory. */
-static void *vq_guard_add(void *start, uint64_t bytes, uint32_t *flag) {
+/* How many ranges are guarded now. */
+static long vq_guard_used(void) { return __atomic_load_n(&vq_guard_count, __ATOMIC_RELAXED); }
+
+/* Guards [start, start + bytes); returns a handle for vq_guard_remove, or NULL with errno: ENOMEM, or ENOSPC when
+ * `most` ranges are guarded already. */
+static void *vq_guard_add(void *start, uint64_t bytes, uint32_t *flag, long most) {
     pthread_mutex_lock(&vq_guard_lock);
+    if (vq_guard_count >= most) {
+        pthread_mutex_unlock(&vq_guard_lock);
+        errno = ENOSPC;
+        return NULL;
+    }
     vq_guard_node *node = vq_guard_free;
     int fresh = node == NULL;
     if (fresh) {
@@ -88,9 +99,10 @@ static void *vq_guard_add(void *start, uint64_t bytes, uint32_t *flag) {
             node->next = vq_guard_list;
             __atomic_store_n(&vq_guard_list, node, __ATOMIC_RELEASE);
         }
+        __atomic_store_n(&vq_guard_count, vq_guard_count + 1, __ATOMIC_RELAXED);
     }
     pthread_mutex_unlock(&vq_guard_lock);
-    return node;
+    return node; /* calloc has set errno */
 }
 
 /* Ends the guard; comes before munmap, after every worker has left the map. */
@@ -100,6 +112,7 @@ static void vq_guard_remove(void *slot) {
     __atomic_store_n(&node->start, (uintptr_t)0, __ATOMIC_RELEASE);
     node->next_free = vq_guard_free;
     vq_guard_free = node;
+    __atomic_store_n(&vq_guard_count, vq_guard_count - 1, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&vq_guard_lock);
 }
 
