@@ -73,14 +73,16 @@ VQ_INLINE void vq_pause(void) {
     __asm__ volatile("yield");
 #endif
 }
-/* Whoever waits by it relies on its going on: where there is no counter to read, nanoseconds. */
+/* One to four billion a second, whatever is counted: what waits by it has its bounds in such cycles. Arm's counter may
+ * be as slow as a megahertz; where there is none to read these are nanoseconds. */
 VQ_INLINE uint64_t vq_cycles(void) {
 #if defined(__x86_64__) || defined(__i386__)
     return __builtin_ia32_rdtsc();
 #elif defined(__aarch64__)
-    uint64_t v;
+    uint64_t v, hz;
     __asm__ volatile("mrs %0, cntvct_el0" : "=r"(v));
-    return v;
+    __asm__("mrs %0, cntfrq_el0" : "=r"(hz));
+    return v << (__builtin_clzll(hz | 1) > 33 ? __builtin_clzll(hz | 1) - 33 : 0);
 #else
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
