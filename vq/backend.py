@@ -56,6 +56,8 @@ class Backend:
 
     Attributes
     ----------
+    one_connection : bool
+        It was given a connected socket: when that ends, nobody comes after.
     before_reply : callable
         Called before each reply, which means that the data plane has obeyed: what `changed` announced is due by then.
 
@@ -96,7 +98,7 @@ class Backend:
         self._told_unposted = False
         self._session: Session | None = None
         self._applier: Applier | None = None
-        self._one_connection = False
+        self.one_connection = False
         self._warnings = float(WARNINGS_MAX)  # that may be logged now
         self._warned_at = time.monotonic()
         self._unsaid = 0
@@ -110,7 +112,7 @@ class Backend:
             if fd is not None:
                 taken = adopt(fd)
                 if isinstance(taken, Connection):
-                    self._one_connection = True
+                    self.one_connection = True
                     self._begin(taken)
                 else:
                     self._listener = taken

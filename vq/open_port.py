@@ -11,6 +11,7 @@ from vq import virtio as v
 from vq.backend import Backend
 from vq.devices.net import NetDevice
 from vq.errors import ResourceError, UsageError
+from vq.inherited import find_fd
 from vq.ports import PortSpec
 from vq_core.port import Port
 from vq_core.ports.gen import GenPort
@@ -99,9 +100,12 @@ def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[]
         mtu=spec.maybe_number("mtu"),
         packed=spec.get("layout") == "packed",
     )
-    backend = Backend(
-        device, path=spec.target, client=spec.flag("client"), mode=spec.maybe_number("mode"), changed=changed
-    )
+    if spec.inherited:
+        backend = Backend(device, fd=find_fd(spec.inherited), changed=changed)
+    else:
+        backend = Backend(
+            device, path=spec.target, client=spec.flag("client"), mode=spec.maybe_number("mode"), changed=changed
+        )
     return OpenPort(spec.name, spec.kind, device.port, backend=backend)
 
 

@@ -125,7 +125,8 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             Kind(
                 "vhost",
                 "PATH",
-                "a guest: the vhost-user back-end of its network device, listening on the Unix socket PATH",
+                "a guest: the vhost-user back-end of its network device, listening on the Unix socket PATH; "
+                "in place of PATH, fd=N or fd=NAME is a socket that was passed, listening or connected",
                 (
                     Option("client", "flag", "connect to PATH, and again when it ends, instead of listening"),
                     Option("queues", "integer", "queue pairs to offer", 1, 128, 8),

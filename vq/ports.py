@@ -10,12 +10,14 @@ from types import MappingProxyType
 from typing import Final
 
 from vq.errors import UsageError
+from vq.inherited import NAME_MAX, find_fd
 from vq.port_kinds import KINDS, Kind, Value
 
 __all__ = ["PortSpec", "parse_port", "parse_ports"]
 
 SOCKET_PATH_BYTES: Final = 107  # sun_path of Linux, without its final zero
 INTERFACE_BYTES: Final = 15  # IFNAMSIZ of Linux, without its final zero
+INHERITED: Final = "fd="  # begins the target of a vhost port that is an inherited socket
 
 # Keys of `pcap` that only make sense in one direction: key -> must `write` stand beside it?
 PCAP_DIRECTION: Final[Mapping[str, bool]] = MappingProxyType({"speed": False, "loop": False, "snaplen": True})
@@ -54,6 +56,11 @@ class PortSpec:
             raise KeyError(f"{self.kind}: has no option {key}")
         return self.options.get(key, False if option.form == "flag" else option.default)
 
+    @property
+    def inherited(self) -> str:
+        """Number or name of the inherited socket that a ``vhost:fd=...`` means; empty for all others."""
+        return self.target.removeprefix(INHERITED) if _is_inherited(self.kind, self.target) else ""
+
     def flag(self, key: str) -> bool:
         """Whether a flag was written."""
         return bool(self.get(key))
@@ -86,6 +93,10 @@ class PortSpec:
         return f"{value:o}" if option is not None and option.form == "octal" else str(value)
 
 
+def _is_inherited(kind: str, target: str) -> bool:
+    return kind == "vhost" and target.startswith(INHERITED)
+
+
 def _nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -105,6 +116,12 @@ def _place(spec: PortSpec) -> tuple[object, ...]:
     """What two ports cannot share: an interface, or a file, which may have several names."""
     if spec.kind == "tap":
         return ("interface", spec.target)
+    if spec.inherited:
+        try:
+            status = os.fstat(find_fd(spec.inherited))
+        except UsageError as error:
+            raise UsageError(f"PORT {str(spec)!r}: {error}") from error
+        return ("socket", status.st_dev, status.st_ino)
     try:
         status = os.stat(spec.target)
     except OSError:  # not there yet, or opening it will say what is wrong
@@ -129,7 +146,9 @@ def _check_target(kind: Kind, target: str, where: str) -> None:
         raise UsageError(f"{where}: {kind.target} is missing; write {kind.usage}")
     if "\0" in target:
         raise UsageError(f"{where}: {kind.target} holds a zero byte; no file or interface can be called so")
-    if kind.name == "vhost" and len(os.fsencode(target)) > SOCKET_PATH_BYTES:
+    if _is_inherited(kind.name, target):
+        _check_inherited(target.removeprefix(INHERITED), where)
+    elif kind.name == "vhost" and len(os.fsencode(target)) > SOCKET_PATH_BYTES:
         size = len(os.fsencode(target))
         raise UsageError(
             f"{where}: the path has {size} bytes, a Unix socket takes {SOCKET_PATH_BYTES}; use a shorter one"
@@ -142,6 +161,12 @@ def _check_target(kind: Kind, target: str, where: str) -> None:
             )
         if target in (".", "..") or any(c in "/:%" or c.isspace() for c in target):
             raise UsageError(f"{where}: {target!r} cannot name an interface; leave out blanks and the signs / : %")
+
+
+def _check_inherited(word: str, where: str) -> None:
+    if not 1 <= len(word) <= NAME_MAX or not word.isascii() or not word.isprintable() or ":" in word:
+        example = "write fd=3, or fd=NAME as in FileDescriptorName="
+        raise UsageError(f"{where}: {word!r} is neither the number nor the name of an inherited socket; {example}")
 
 
 def _options(kind: Kind, words: Sequence[str], where: str) -> dict[str, Value]:
@@ -194,6 +219,10 @@ def parse_port(text: str) -> PortSpec:
         target = words.pop(0) if words else ""
         _check_target(kind, target, where)
     options = _options(kind, words, where)
+    if _is_inherited(kind.name, target):
+        for key in ("client", "mode"):
+            if key in options:
+                raise UsageError(f"{where}: {key} is for a PATH; an inherited socket is what it is, so leave it out")
     if kind.name == "pcap":
         for key, with_write in PCAP_DIRECTION.items():
             if key in options and with_write != ("write" in options):

@@ -186,6 +186,8 @@ class Pump:
     ) -> dict[str, Any]:
         """Serve all connections until `request_stop`, the end of `duration`, or until all sources have finished.
 
+        A pump whose guests all came as connected sockets ends with the last of them.
+
         Parameters
         ----------
         duration
@@ -211,6 +213,8 @@ class Pump:
         end = None if duration is None else begin + duration
         tick = begin + interval
         finite = all(port.kind not in ("vhost", "tap") for port in self.ports)
+        guests = [port.backend for port in self.ports if port.backend is not None]
+        leaving = bool(guests) and all(backend.one_connection for backend in guests)
         while not self._stopping:
             now = time.monotonic()
             if end is not None and now >= end:
@@ -220,6 +224,8 @@ class Pump:
                 tick = max(tick + interval, time.monotonic())
             if finite and all(port.finished for port in self.ports) and self._drained():
                 break
+            if leaving and all(backend.state == "closed" for backend in guests):
+                break  # whoever passed connected sockets started us for these guests alone
             waits = [tick - now] if on_interval is not None else []
             waits += [end - now] if end is not None else []
             waits += [DRAIN_S] if finite else []
