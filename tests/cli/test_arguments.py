@@ -7,9 +7,9 @@ import os
 import pytest
 
 from vq.cli.arguments import parse_cpus, positive_seconds
-from vq.cli.hints import describe, qemu_options
+from vq.cli.hints import describe
 from vq.errors import UsageError
-from vq.ports import parse_port, parse_ports
+from vq.ports import parse_ports
 
 
 @pytest.fixture
@@ -49,21 +49,6 @@ def test_wrong_cpu_lists(text: str, message: str) -> None:
 def test_times_are_positive_and_finite(value: float) -> None:
     with pytest.raises(UsageError, match="--duration"):
         positive_seconds("--duration", value)
-
-
-def test_qemu_takes_the_role_that_the_port_leaves() -> None:
-    listens = qemu_options(parse_port("vhost:/run/a.sock"))
-    assert "path=/run/a.sock,reconnect-ms=1000" in listens
-    assert "share=on" in listens
-    connects = qemu_options(parse_port("vhost:/run/a.sock,client"))
-    assert "path=/run/a.sock,server=on,wait=off" in connects
-
-
-def test_qemu_is_told_of_the_pairs_that_were_asked_for() -> None:
-    several = qemu_options(parse_port("vhost:/run/a.sock,queues=4"))
-    assert "chardev=vq0,queues=4 " in several
-    assert several.endswith("netdev=vqnet0,mq=on,vectors=10")
-    assert "mq=on" not in qemu_options(parse_port("vhost:/run/a.sock"))
 
 
 def test_the_description_names_every_port() -> None:

@@ -9,7 +9,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,6 +48,9 @@ class Guest(Station):
         Queue pairs.
     properties : mapping, optional
         Properties of virtio-net-pci, such as ``mrg_rxbuf: "off"``.
+    options : sequence of str, optional
+        QEMU options that make memory and network device, as somebody else has written them; what is said of these above
+        does not count then.
     cpus : int
         Virtual CPUs; as many as queue pairs, or Linux leaves the others unused.
     """
@@ -63,6 +66,7 @@ class Guest(Station):
         queues: int = 1,
         properties: Mapping[str, str | int] | None = None,
         cpus: int = 1,
+        options: Sequence[str] = (),
     ) -> None:
         number = next(_numbers)
         self.name = f"guest{number}"
@@ -86,35 +90,39 @@ class Guest(Station):
             "vectors": 2 * queues + 2,
             **(properties or {}),
         }
-        self.child = Child(self.name, self._command(device, server, queues, cpus), scratch)
+        net = list(options) or self._net(device, server, queues)
+        self.child = Child(self.name, self._command(cpus) + net, scratch)
         self.running.append(self)
 
-    def _command(self, device: Mapping[str, Any], server: bool, queues: int, cpus: int) -> list[str]:
+    def _net(self, device: Mapping[str, Any], server: bool, queues: int) -> list[str]:
+        """Memory that is shared with the back-end, and the network device."""
+        role = "server=on" if server else _reconnect()
+        words = ["-m", "192M", "-object", "memory-backend-memfd,id=m,size=192M,share=on"]
+        words += ["-machine", "memory-backend=m"]
+        words += ["-chardev", f"socket,id=c0,path={self._sock},{role}"]
+        words += ["-netdev", f"vhost-user,id=n0,chardev=c0,queues={queues}"]
+        return [*words, "-device", "virtio-net-pci," + ",".join(f"{key}={value}" for key, value in device.items())]
+
+    def _command(self, cpus: int) -> list[str]:
         found = requirements.find_kernel()
         assert found
         kernel, modules = found
         accel = os.environ.get("VQ_TEST_ACCEL", "tcg")
-        role = "server=on" if server else _reconnect()
         options = {
-            "-machine": "q35,memory-backend=m",
+            "-machine": "q35",
             "-accel": accel,
             "-cpu": "host" if accel == "kvm" else "max",
             "-smp": cpus,
-            "-m": "192M",
-            "-object": "memory-backend-memfd,id=m,size=192M,share=on",
             "-kernel": kernel,
             "-initrd": image.build(modules),
             "-append": "console=ttyS0 quiet loglevel=4 panic=0 random.trust_cpu=on net.ifnames=0 mitigations=off",
             "-serial": f"file:{self.console_path}",
             "-qmp": f"unix:{self._qmp_path},server=on,wait=off",
-            "-netdev": f"vhost-user,id=n0,chardev=c0,queues={queues}",
         }
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]
         command += [str(word) for pair in options.items() for word in pair]
         command += ["-chardev", f"socket,id=agent,path={self._agent_path},server=on,wait=off"]
-        command += ["-chardev", f"socket,id=c0,path={self._sock},{role}"]
-        command += ["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=vq"]
-        return [*command, "-device", "virtio-net-pci," + ",".join(f"{key}={value}" for key, value in device.items())]
+        return [*command, "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=vq"]
 
     # -- life ---------------------------------------------------------------------------------------------------------
 

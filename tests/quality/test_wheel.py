@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_the_wheel_holds_what_users_compile_against(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = below("vq", ".py") + below("vq_core", ".py", ".pxd", ".pyi", ".h")
     assert {path.relative_to(ROOT).as_posix() for path in wanted} <= names
-    assert {"vq/py.typed", "vq_core/py.typed"} <= names
+    assert {"vq/py.typed", "vq_core/py.typed", "vq/share/50-vq-net.json"} <= names
     modules = {name.partition(".")[0] for name in names if name.endswith(".so")}
     assert modules == {path.relative_to(ROOT).with_suffix("").as_posix() for path in below("vq_core", ".pyx")}
     assert [name for name in names if name.endswith((".c", ".pyx"))] == []
@@ -67,5 +68,6 @@ def test_it_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
     run(tmp_path / "venv/bin/python", "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
     version = run(tmp_path / "venv/bin/vq", "--version", cwd=tmp_path).strip()
     assert f"-{version}-" in wheel.name
+    assert json.loads(run(tmp_path / "venv/bin/vq-net", "--print-capabilities", cwd=tmp_path))["type"] == "net"
     out = run(tmp_path / "venv/bin/vq", "pump", "gen:count=1000", "null:", "--json", cwd=tmp_path)
     assert '"final":true' in out.splitlines()[-1]

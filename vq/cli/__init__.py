@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from vq.cli.conventions import CAPABILITIES_OPTION, print_capabilities
 from vq.cli.output import OutputError, check_output, discard_output, open_closed_streams
 from vq.cli.signals import AskedTwice
 from vq.errors import ConnectionClosed, GuestError, PeerError, UsageError, VqError
@@ -30,7 +31,7 @@ from vq.errors import ConnectionClosed, GuestError, PeerError, UsageError, VqErr
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError
 
-__all__ = ["main", "make_app"]
+__all__ = ["main", "main_net", "make_app"]
 
 OK: Final = 0
 FAILED: Final = 1
@@ -38,7 +39,7 @@ USAGE: Final = 2
 PEER: Final = 3
 RESOURCE: Final = 4
 INTERRUPTED: Final = 128 + 2  # what shells expect of a program that SIGINT ended
-COMMANDS: Final = ("pump", "demo", "bench")
+COMMANDS: Final = ("pump", "demo", "bench", "qemu", "libvirt")
 UNREAD: Final = 128 + 13  # and SIGPIPE
 
 # One line a paragraph: the terminal wraps them.
@@ -57,7 +58,11 @@ def make_app() -> App:
     from vq import __version__
     from vq.cli.bench import bench_app
     from vq.cli.demo import HELP, demo
+    from vq.cli.libvirt import HELP as LIBVIRT_HELP
+    from vq.cli.libvirt import libvirt
     from vq.cli.pump import epilogue, pump
+    from vq.cli.qemu import HELP as QEMU_HELP
+    from vq.cli.qemu import qemu
 
     app = App(
         name="vq",
@@ -69,6 +74,8 @@ def make_app() -> App:
     app.command(pump, usage="Usage: vq pump PORT... [OPTIONS]", help_epilogue=epilogue())
     app.command(demo, usage="Usage: vq demo [OPTIONS]", help=HELP, help_epilogue="")
     app.command(bench_app())
+    app.command(qemu, usage="Usage: vq qemu PORT... [OPTIONS]", help=QEMU_HELP, help_epilogue="")
+    app.command(libvirt, usage="Usage: vq libvirt PORT... [OPTIONS]", help=LIBVIRT_HELP, help_epilogue="")
     app.register_install_completion_command()
     return app
 
@@ -127,6 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if words[:1] == ["pump"] and CAPABILITIES_OPTION in words:
+            # Whatever stands beside it is to be ignored, also what would be wrong.
+            print_capabilities("net")
+            return OK
         result = make_app()(
             words,
             exit_on_error=False,
@@ -167,3 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os._exit(RESOURCE)
         raise
     return result if isinstance(result, int) else OK
+
+
+def main_net() -> int:
+    """Run ``vq-net``: ``vq pump`` as a program of its own, which management software starts with options only."""
+    return main(["pump", *sys.argv[1:]])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from vq.cli import logs
 from vq.cli.arguments import Whole, parse_cpus, positive_seconds
+from vq.cli.conventions import CAPABILITIES_OPTION, conventional_ports
 from vq.cli.help_text import hanging
 from vq.cli.hints import describe
 from vq.cli.output import check_output
 from vq.cli.report import reports
+from vq.cli.service import Service
 from vq.cli.signals import ending_signals
 from vq.groups import parse_groups
 from vq.port_kinds import KINDS
@@ -58,6 +60,15 @@ def pump(
     sub_burst: Annotated[
         Whole, Parameter(help="Packets, 1 to 32, published at once between rings of guests.")
     ] = SUB_BURST,
+    socket_path: Annotated[str | None, Parameter(help="The same as a first PORT vhost:PATH.")] = None,
+    fd: Annotated[str | None, Parameter(help="The same as a first PORT vhost:fd=N.")] = None,
+    print_capabilities: Annotated[
+        bool,
+        Parameter(
+            name=CAPABILITIES_OPTION, negative="", show_default=False,
+            help="Print what the back-end is, as JSON, and do nothing else.",
+        ),
+    ] = False,
     verbose: Annotated[
         int,
         Parameter(
@@ -66,7 +77,8 @@ def pump(
     ] = 0,
 ) -> int:
     """Move packets between ports: echo on one, patch of two, learning switch of three and more."""
-    groups = parse_groups(ports)
+    # print_capabilities was served before anything else was looked at; it stands here for the help.
+    groups = parse_groups((*conventional_ports(socket_path, fd), *ports))
     positive_seconds("--duration", duration)
     positive_seconds("--interval", interval)
     cpus = parse_cpus(cpu)
@@ -80,8 +92,17 @@ def pump(
         if not json:
             with check_output():
                 print("\n".join(describe([spec for group in groups for spec in group])), flush=True)
+        service = Service()
         with reports(json) as report:
-            report.final(running.run(duration, interval, report.interval))
+
+            def each(now: dict[str, Any]) -> None:
+                service.status(now)
+                report.interval(now)
+
+            service.ready(running.snapshot())
+            final = running.run(duration, interval, each)
+            service.stopping()
+            report.final(final)
     return 0
 
 

@@ -1,0 +1,152 @@
+"""What the specification wants of a back-end program, and what a service manager does: as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import vq
+from vq.cli.service import guests
+from vq.frontend import Frontend
+from vq.transport import Connection
+from waiting import wait_for
+
+COMMAND = [sys.executable, "-m", "vq", "pump"]
+NET = [sys.executable, "-c", "import sys; from vq.cli import main_net; sys.exit(main_net())"]
+# A service manager sets LISTEN_PID between fork and exec, as only the child knows its number.
+ACTIVATE = 'import os, sys; os.environ["LISTEN_PID"] = str(os.getpid()); os.execvp(sys.argv[1], sys.argv[1:])'
+
+
+@contextmanager
+def running(command: list[str], **more: object) -> Iterator[subprocess.Popen[str]]:
+    child: subprocess.Popen[str] = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )  # type: ignore[call-overload]
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def ends(child: subprocess.Popen[str]) -> str:
+    out, errors = child.communicate(timeout=15)
+    assert child.returncode == 0, errors
+    assert "Traceback" not in errors
+    return out
+
+
+def can_connect(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--print-capabilities"],
+        ["--print-capabilities", "--no-such-option", "nonsense"],
+        ["--fd=99", "--socket-path=/nowhere/a", "--cpu", "x", "--print-capabilities"],
+    ],
+)
+@pytest.mark.parametrize("command", [COMMAND, NET], ids=["vq pump", "vq-net"])
+def test_capabilities_are_printed_whatever_stands_beside(command: list[str], words: list[str]) -> None:
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"type": "net", "features": []}
+
+
+def test_the_descriptor_is_what_qemu_describes() -> None:
+    folder = Path(vq.__file__).parent
+    (path,) = (folder / "share").iterdir()
+    assert re.fullmatch(r"\d\d-[\w-]+\.json", path.name)
+    descriptor = json.loads(path.read_text())
+    assert set(descriptor) <= {"description", "type", "binary", "tags"}
+    assert descriptor["type"] == "net"
+    assert descriptor["binary"].startswith("/")
+    scripts = tomllib.loads((folder.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts[Path(descriptor["binary"]).name] == "vq.cli:main_net"
+
+
+def test_the_socket_path_of_the_conventions(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    with running([*NET, f"--socket-path={path}", "null:"]) as child:
+        wait_for(lambda: can_connect(path))
+        child.send_signal(signal.SIGTERM)
+        assert f"vhost:{path}: listens on {path}" in ends(child)
+    assert not path.exists()
+
+
+def test_a_connected_socket_is_served_until_its_end() -> None:
+    ours, theirs = socket.socketpair()
+    with running([*NET, f"--fd={theirs.fileno()}", "null:"], pass_fds=[theirs.fileno()]) as child:
+        theirs.close()
+        with Frontend(Connection(ours, replies=True), timeout=20) as frontend:
+            assert frontend.negotiate(1 << 32) >> 32 & 1
+        assert " was passed, up to 8 queue pairs" in ends(child)
+
+
+def test_path_and_fd_exclude_each_other() -> None:
+    done = subprocess.run([*COMMAND, "--fd=0", "--socket-path=/a"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "--socket-path and --fd name the same socket" in done.stderr
+
+
+def test_a_service_manager_passes_sockets_and_hears_how_it_goes(tmp_path: Path) -> None:
+    path, notify = tmp_path / "a.sock", tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, socket.socket(socket.AF_UNIX) as first:
+        manager.bind(str(notify))
+        manager.settimeout(20)
+        first.bind(str(path))
+        first.listen()
+        # The first fd that a service manager passes is 3; a shell puts ours there.
+        shell = f'exec 3<&{first.fileno()} && exec "$0" -c \'{ACTIVATE}\' "$0" -m vq pump "$@"'
+        command = ["bash", "-c", shell, sys.executable, "vhost:fd=guest", "null:", "--json", "--interval", "0.1"]
+        environment = os.environ | {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "guest", "NOTIFY_SOCKET": str(notify)}
+        with running(command, env=environment, pass_fds=[first.fileno()]) as child:
+            assert manager.recv(1000) == b"READY=1\nSTATUS=2 ports; guests: 1 listening"
+            with Frontend.connect(str(path), timeout=20):
+                assert manager.recv(1000) == b"STATUS=2 ports; guests: 1 connected"
+            assert manager.recv(1000) == b"STATUS=2 ports; guests: 1 listening"
+            child.send_signal(signal.SIGTERM)
+            assert manager.recv(1000) == b"STOPPING=1"
+            ends(child)
+        assert can_connect(path), "the socket stays the service manager's"
+
+
+def test_an_abstract_name_of_a_service_manager() -> None:
+    name = f"vq-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name)
+        manager.settimeout(20)
+        environment = os.environ | {"NOTIFY_SOCKET": "@" + name}
+        subprocess.run([*COMMAND, "gen:count=1", "null:"], env=environment, check=True, capture_output=True, timeout=30)
+        assert manager.recv(1000) == b"READY=1\nSTATUS=2 ports"
+        assert manager.recv(1000) == b"STOPPING=1"
+
+
+@pytest.mark.parametrize("address", ["/nowhere/notify", "vsock:2:1234", "x" * 300, "/" + "x" * 300])
+def test_a_service_manager_that_cannot_be_told_is_no_error(address: str) -> None:
+    environment = os.environ | {"NOTIFY_SOCKET": address}
+    done = subprocess.run([*COMMAND, "gen:count=1", "null:"], env=environment, capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_status_counts_guests_by_their_state() -> None:
+    states = ["running", "listening", "running"]
+    ports = {f"vhost:{n}": {"kind": "vhost", "state": state} for n, state in enumerate(states)}
+    assert guests({"ports": ports | {"null": {"kind": "null", "state": "open"}}}) == (
+        "4 ports; guests: 1 listening, 2 running"
+    )
+    assert guests({"ports": {"gen": {"kind": "gen", "state": "open"}}}) == "1 port"
