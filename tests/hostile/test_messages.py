@@ -225,6 +225,7 @@ def say_with_fds(guest: Guest, request_id: Request, payload: Any, count: int) ->
             os.close(fd)
 
 
+@pytest.mark.shows("SET_VRING_ENDIAN", "CLOSE_CRYPTO_SESSION", "SET_INFLIGHT_FD", "IOTLB_MSG", "GPU_SET_SOCKET")
 @pytest.mark.parametrize(("request_id", "payload", "fds"), NOT_SERVED)
 def test_what_is_not_negotiated_is_refused(guest: Guest, request_id: Request, payload: Any, fds: int) -> None:
     """Lines 13, 16, 17, 19: nacked, its fds closed, and everything goes on."""
@@ -232,6 +233,11 @@ def test_what_is_not_negotiated_is_refused(guest: Guest, request_id: Request, pa
     guest.exchange(b"as if nothing had been said" * 3)
 
 
+@pytest.mark.shows(
+    "CREATE_CRYPTO_SESSION", "POSTCOPY_ADVISE", "POSTCOPY_LISTEN", "POSTCOPY_END", "GET_INFLIGHT_FD",
+    "GET_SHARED_OBJECT", "SET_DEVICE_STATE_FD", "CHECK_DEVICE_STATE", "GET_SHMEM_CONFIG",
+    "GET_VRING_BASE_SKIP_DRAIN",
+)  # fmt: skip
 @pytest.mark.parametrize(("request_id", "payload", "fds"), NOT_ANSWERED)
 def test_what_is_not_negotiated_and_has_its_own_answer_closes(
     guest: Guest, request_id: Request, payload: Any, fds: int
@@ -457,6 +463,7 @@ def quietly(guest: Guest, request_id: int, body: bytes, fds: list[int]) -> bool:
 # -- line 18: features --
 
 
+@pytest.mark.shows("any feature that is not offered")
 @pytest.mark.checklist(18)
 def test_features_that_were_not_offered(mute: Guest) -> None:
     """Line 18: each single bit is refused, and the set of before stays."""
@@ -474,6 +481,7 @@ def test_features_that_were_not_offered(mute: Guest) -> None:
     mute.exchange(b"with the features of before" * 3)
 
 
+@pytest.mark.shows("any protocol feature that is not offered")
 @pytest.mark.checklist(18)
 def test_protocol_features_that_were_not_offered(mute: Guest) -> None:
     """Line 18: the same for protocol features; what was negotiated stays in force."""
@@ -494,6 +502,7 @@ def test_in_band_notifications_without_what_they_need(peer: Peer) -> None:
     assert peer.session.closed
 
 
+@pytest.mark.shows("VIRTIO_F_VERSION_1", "VIRTIO_NET_F_MRG_RXBUF")
 @pytest.mark.checklist(18)
 def test_features_twice_before_the_start(connect: Connect) -> None:
     """Line 18: the last set counts, also for the header's size and the layout of the ring."""
@@ -555,6 +564,7 @@ def test_a_flood_of_rarp(guest: Guest, neighbour: Neighbour) -> None:
     guest.works()
 
 
+@pytest.mark.shows("SET_STATUS", "GET_STATUS")
 @pytest.mark.checklist(23)
 @pytest.mark.parametrize("status", [256, 1 << 32, 0xFFFF_FFFF_FFFF_FFFF])
 def test_status(guest: Guest, status: int) -> None:

@@ -139,6 +139,7 @@ def test_header_across_two_regions(guest: Guest, before: int) -> None:
     assert written == bytes(10) + b"\1\0" + data[12:]
 
 
+@pytest.mark.shows("VIRTIO_F_VERSION_1")
 @pytest.mark.checklist(33)
 def test_header_of_ten_bytes(connect: Connect) -> None:
     """Line 33: a legacy driver's header, in single bytes."""

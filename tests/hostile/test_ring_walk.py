@@ -404,6 +404,7 @@ def test_entries_of_an_indirect_table(guest: Guest, first: tuple[int, int, int, 
     fails(guest, cause)
 
 
+@pytest.mark.shows("VIRTIO_F_INDIRECT_DESC")
 @every_layout
 @pytest.mark.checklist(28)
 def test_indirect_without_negotiation(connect: Connect) -> None:

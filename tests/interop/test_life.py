@@ -114,6 +114,7 @@ def test_driver_leaves_and_comes_under_traffic(link: Link) -> None:
     link.works()
 
 
+@pytest.mark.shows("GET_VRING_BASE", "SET_VRING_BASE")
 def test_guest_is_stopped_and_continued(link: Link) -> None:
     """QEMU stops the rings and starts them again at the place where they stood."""
     for _ in range(3):

@@ -97,6 +97,7 @@ def test_all_queues_carry_packets_between_guests(patch: tuple[Backend, Guest, Gu
     assert min(received) > MINIMUM, f"packets of each receiveq: {received}"
 
 
+@pytest.mark.shows("VIRTIO_NET_F_MQ", "VHOST_USER_PROTOCOL_F_MQ")
 def test_number_of_pairs_changes_while_running(patch: tuple[Backend, Guest, Guest]) -> None:
     backend, first, second = patch
     backend.requires("queue steering")

@@ -53,6 +53,11 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         yield Pair(rig, names, (first, second), backend)
 
 
+@pytest.mark.shows(
+    "VIRTIO_F_VERSION_1", "VIRTIO_F_RING_PACKED", "VIRTIO_F_INDIRECT_DESC", "VIRTIO_F_EVENT_IDX",
+    "VIRTIO_NET_F_MRG_RXBUF", "VIRTIO_NET_F_CSUM", "VIRTIO_NET_F_GUEST_CSUM", "VIRTIO_NET_F_GUEST_TSO4",
+    "VIRTIO_NET_F_GUEST_TSO6", "VIRTIO_NET_F_HOST_TSO4", "VIRTIO_NET_F_HOST_TSO6",
+)  # fmt: skip
 def test_negotiates_what_the_guests_may(pair: Pair) -> None:
     pair.backend.requires("TAP offloads")
     for guest, name in zip(pair.guests, pair.names, strict=True):
@@ -102,6 +107,7 @@ def test_tcp_over_ipv6(pair: Pair) -> None:
     send_bulk(second, first, mib=4, ipv6=True)
 
 
+@pytest.mark.shows("VIRTIO_NET_F_MTU")
 def test_packets_of_the_host_mtu(rig: Rig) -> None:
     """A 9000-byte MTU reaches the guests, and such packets pass unfragmented."""
     if "host_mtu" in rig.backend_class.lacks:

@@ -286,6 +286,7 @@ def test_reset_keeps_what_was_negotiated(connection: Connection) -> None:
     assert connection.apply.features == connection.device._features == features
 
 
+@pytest.mark.shows("VIRTIO_NET_F_GUEST_ANNOUNCE")
 def test_what_the_network_device_offers() -> None:
     device = NetDevice("net", pairs=3)
     assert len(device.queues) == device.offer.queue_count == 6

@@ -170,6 +170,7 @@ def test_flows_move_between_workers_without_loss(paths: list[str]) -> None:
             background.finish()
 
 
+@pytest.mark.shows("VIRTIO_NET_F_MQ", "SET_VRING_ENABLE")
 def test_pairs_are_enabled_and_disabled_while_others_run(paths: list[str]) -> None:
     with (
         pumping(*(f"vhost:{path},queues=2" for path in paths[:2]), cpus=two_cpus()) as pump,
@@ -225,6 +226,7 @@ def test_generator_and_sink(paths: list[str]) -> None:
 # ---- features and messages ----
 
 
+@pytest.mark.shows("NET_SET_MTU", "VIRTIO_NET_F_MTU")
 def test_mtu(paths: list[str]) -> None:
     features = USUAL | F(v.VIRTIO_NET_F_MTU)
     with (
@@ -242,6 +244,7 @@ def test_mtu(paths: list[str]) -> None:
         assert near.stop() and far.frontend.queue_num() == 8
 
 
+@pytest.mark.shows("SEND_RARP", "VHOST_USER_PROTOCOL_F_RARP")
 def test_rarp_comes_out_at_the_other_port(paths: list[str]) -> None:
     with pumping(f"vhost:{paths[0]}", f"vhost:{paths[1]}"), Guest(paths[0]) as near, Guest(paths[1]) as far:
         far.post(2000, 4)
@@ -268,6 +271,7 @@ OFFLOADS = F(v.VIRTIO_NET_F_CSUM, v.VIRTIO_NET_F_HOST_TSO4)
 GUEST_OFFLOADS = F(v.VIRTIO_NET_F_GUEST_CSUM, v.VIRTIO_NET_F_GUEST_TSO4)
 
 
+@pytest.mark.shows("VIRTIO_NET_F_GUEST_CSUM", "VIRTIO_NET_F_GUEST_TSO4", "VIRTIO_NET_F_HOST_TSO4")
 @pytest.mark.parametrize("reset", [False, True])
 def test_offloads_of_each_guest(paths: list[str], reset: bool) -> None:
     """One guest gets the packet as it was sent, the other one gets segments with complete checksums."""

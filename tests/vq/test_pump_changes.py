@@ -36,6 +36,7 @@ def paths(tmp_path: Path) -> list[str]:
 # ---- changes while traffic runs ----
 
 
+@pytest.mark.shows("ADD_MEM_REG", "REM_MEM_REG")
 @every_layout
 def test_memory_changes_while_traffic_runs(paths: list[str], layout: int) -> None:
     with pumping(f"vhost:{paths[0]}"), Guest(paths[0], USUAL | layout) as guest:
@@ -61,6 +62,7 @@ def test_memory_changes_while_traffic_runs(paths: list[str], layout: int) -> Non
         background.finish()
 
 
+@pytest.mark.shows("SET_LOG_BASE", "VHOST_F_LOG_ALL")
 @every_layout
 def test_logging_while_traffic_runs(paths: list[str], layout: int) -> None:
     """What changed while the log was on is marked, nothing else is, and nothing after it was switched off."""
@@ -111,6 +113,7 @@ def test_logging_while_traffic_runs(paths: list[str], layout: int) -> None:
         os.close(log)
 
 
+@pytest.mark.shows("SET_VRING_CALL")
 def test_call_descriptors_are_replaced_while_traffic_runs(paths: list[str]) -> None:
     """As a guest does that masks its interrupt: no call is lost, and the new descriptor is signalled."""
     with pumping(f"vhost:{paths[0]}"), Guest(paths[0]) as guest:

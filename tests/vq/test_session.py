@@ -36,6 +36,9 @@ LOG_ALL = v.mask(v.VHOST_F_LOG_ALL)
 # --- Negotiation ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows(
+    "GET_FEATURES", "GET_PROTOCOL_FEATURES", "GET_QUEUE_NUM", "GET_MAX_MEM_SLOTS", "VHOST_USER_PROTOCOL_F_MQ",
+)  # fmt: skip
 def test_offer_is_answered_as_given(peer: Peer) -> None:
     assert peer.say(R.GET_FEATURES) == NET_FEATURES
     assert peer.say(R.GET_PROTOCOL_FEATURES) == NET_PROTOCOL_FEATURES
@@ -44,6 +47,7 @@ def test_offer_is_answered_as_given(peer: Peer) -> None:
     assert peer.say(R.GET_MAX_MEM_SLOTS) == 8
 
 
+@pytest.mark.shows("SET_FEATURES")
 def test_features_reach_the_data_plane_once(peer: Peer) -> None:
     peer.negotiate()
     peer.say(R.SET_FEATURES, SPLIT)  # QEMU says it again for each queue pair
@@ -64,6 +68,7 @@ def test_features_that_were_not_offered_without_ack_close(peer: Peer) -> None:
     assert "IN_ORDER was not offered" in close_because(peer, R.SET_FEATURES, v.mask(v.VIRTIO_F_IN_ORDER))
 
 
+@pytest.mark.shows("SET_PROTOCOL_FEATURES")
 def test_protocol_features_that_were_not_offered(peer: Peer) -> None:
     peer.negotiate()
     wrong = NET_PROTOCOL_FEATURES | v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
@@ -72,28 +77,33 @@ def test_protocol_features_that_were_not_offered(peer: Peer) -> None:
     assert "PAGEFAULT" in close_because(peer, R.SET_PROTOCOL_FEATURES, wrong)
 
 
+@pytest.mark.shows("SET_PROTOCOL_FEATURES", "VHOST_USER_PROTOCOL_F_REPLY_ACK")
 def test_turning_reply_ack_on_is_acked(peer: Peer) -> None:
     assert peer.say(R.SET_PROTOCOL_FEATURES, v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK), ack=True) == 0
 
 
+@pytest.mark.shows("VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS")
 def test_inband_needs_its_companions(peer: Peer) -> None:
     peer.negotiate()
     alone = v.mask(v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS)
     assert "INBAND" in close_because(peer, R.SET_PROTOCOL_FEATURES, alone, ack=True)
 
 
+@pytest.mark.shows("VHOST_USER_F_PROTOCOL_FEATURES")
 def test_protocol_features_need_the_offered_bit() -> None:
     peer = Peer(net_offer(features=v.mask(v.VIRTIO_F_VERSION_1), protocol_features=0))
     close_because(peer, R.GET_PROTOCOL_FEATURES)
     peer.close()
 
 
+@pytest.mark.shows("SET_OWNER")
 def test_set_owner_may_come_late_and_twice(peer: Peer) -> None:
     peer.negotiate()
     assert peer.acked(R.SET_OWNER) == 0
     assert peer.acked(R.SET_OWNER) == 0
 
 
+@pytest.mark.shows("RESET_OWNER")
 def test_reset_owner_disables_and_keeps_the_rest(ready: Peer) -> None:
     ready.start(0)
     ready.say(R.SET_VRING_ENABLE, (0, 1))
@@ -105,6 +115,7 @@ def test_reset_owner_disables_and_keeps_the_rest(ready: Peer) -> None:
     assert ready.session.features == SPLIT
 
 
+@pytest.mark.shows("VHOST_USER_F_PROTOCOL_FEATURES")
 def test_rings_are_enabled_without_protocol_feature_bit(peer: Peer) -> None:
     peer.say(R.SET_FEATURES, v.mask(v.VIRTIO_F_VERSION_1))
     assert peer.plane.take() == [
@@ -119,6 +130,7 @@ def test_set_features_disables_nothing(ready: Peer) -> None:
     assert [ring.enabled for ring in ready.session.rings] == [False, True, False, False]
 
 
+@pytest.mark.shows("SET_FEATURES", "VHOST_F_LOG_ALL")
 def test_only_logging_changes_while_a_ring_runs(ready: Peer) -> None:
     ready.start(0)
     ready.plane.take()
@@ -130,6 +142,7 @@ def test_only_logging_changes_while_a_ring_runs(ready: Peer) -> None:
     assert ready.acked(R.SET_FEATURES, PACKED) == 0
 
 
+@pytest.mark.shows("SET_STATUS", "GET_STATUS", "VHOST_USER_PROTOCOL_F_STATUS")
 def test_status_is_a_byte_and_stops_nothing(ready: Peer) -> None:
     ready.start(0)
     ready.plane.next_base[0] = 6364
@@ -172,6 +185,7 @@ def test_every_offerable_protocol_feature_has_its_handlers() -> None:
 # --- Rules of replying ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("VHOST_USER_PROTOCOL_F_REPLY_ACK")
 def test_no_ack_without_reply_ack(peer: Peer) -> None:
     assert peer.say(R.SET_OWNER, ack=True) is None
 
@@ -200,6 +214,7 @@ def test_unknown_request_closes_without_reply_ack(peer: Peer) -> None:
         peer.session.receive(Message(0xFFFFFFFF, 9, b"", []))
 
 
+@pytest.mark.shows("NONE")
 def test_request_zero_always_closes(ready: Peer) -> None:
     with pytest.raises(FrontendError):
         ready.session.receive(Message(0, 9, b"", []))
@@ -260,6 +275,7 @@ def test_iotlb_is_answered_even_without_reply_ack(peer: Peer) -> None:
     assert peer.say(R.IOTLB_MSG, (0, 4096, 0, 1, 2), ack=True) == 1
 
 
+@pytest.mark.shows("SET_LOG_BASE")
 def test_log_base_in_its_old_form(peer: Peer) -> None:
     peer.negotiate(protocol_features=v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK))
     assert peer.acked(R.SET_LOG_BASE, 0x1000) == 1

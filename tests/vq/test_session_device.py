@@ -23,6 +23,7 @@ from vq.payload import Config
 R = Request
 
 
+@pytest.mark.shows("SEND_RARP", "VHOST_USER_PROTOCOL_F_RARP")
 def test_rarp_announces_unicast_addresses_only(ready: Peer) -> None:
     mac = bytes.fromhex("525400123456")
     ready.say(R.SEND_RARP, int.from_bytes(mac, "little"))
@@ -33,6 +34,7 @@ def test_rarp_announces_unicast_addresses_only(ready: Peer) -> None:
     assert ready.plane.take() == [e.SendRarp(mac), e.SendRarp(mac)]
 
 
+@pytest.mark.shows("NET_SET_MTU", "VHOST_USER_PROTOCOL_F_MTU")
 @pytest.mark.parametrize(("mtu", "answer"), [(67, 1), (68, 0), (65535, 0), (65536, 1), (0, 1), (2**64 - 1, 1)])
 def test_mtu(ready: Peer, mtu: int, answer: int) -> None:
     assert ready.acked(R.NET_SET_MTU, mtu) == answer
@@ -40,6 +42,7 @@ def test_mtu(ready: Peer, mtu: int, answer: int) -> None:
     assert ready.say(R.NET_SET_MTU, mtu) is None  # a wrong one is ignored, the session goes on
 
 
+@pytest.mark.shows("VIRTIO_NET_F_MTU")
 def test_mtu_needs_an_offer_not_an_acknowledgement(peer: Peer) -> None:
     peer.say(R.SET_PROTOCOL_FEATURES, NET_PROTOCOL_FEATURES)
     assert peer.acked(R.NET_SET_MTU, 1500) == 0  # before SET_FEATURES, as QEMU does
@@ -49,6 +52,7 @@ def test_mtu_needs_an_offer_not_an_acknowledgement(peer: Peer) -> None:
     other.close()
 
 
+@pytest.mark.shows("SET_BACKEND_REQ_FD", "VHOST_USER_PROTOCOL_F_BACKEND_REQ")
 def test_backend_channel_is_a_socket_and_is_kept(ready: Peer) -> None:
     ours, theirs = socket.socketpair()
     assert ready.acked(R.SET_BACKEND_REQ_FD, None, [ours.fileno()]) == 0
@@ -62,6 +66,7 @@ def test_backend_channel_is_a_socket_and_is_kept(ready: Peer) -> None:
     theirs.close()
 
 
+@pytest.mark.shows("GET_CONFIG", "VHOST_USER_PROTOCOL_F_CONFIG")
 def test_config_is_read_and_filled_with_zeroes(ready: Peer) -> None:
     space = bytes(ready.plane.config)
     assert ready.say(R.GET_CONFIG, Config(0, 0, bytes(6))) == Config(0, 0, space[:6])
@@ -82,6 +87,7 @@ def test_config_that_cannot_be_read_has_an_empty_answer(ready: Peer) -> None:
     assert ready.session.receive(make_message(R.GET_CONFIG, Config(0, 0, bytes(4)))) == struct.pack("=3I", 24, 5, 0)
 
 
+@pytest.mark.shows("SET_CONFIG", "VHOST_USER_PROTOCOL_F_CONFIG")
 def test_config_is_written_inside_only(ready: Peer) -> None:
     assert ready.acked(R.SET_CONFIG, Config(0, 0, b"abcdef")) == 0
     assert ready.acked(R.SET_CONFIG, Config(27, 0, b"x")) == 0
@@ -102,6 +108,7 @@ def test_migration_write_needs_a_device_that_stands(ready: Peer) -> None:
     assert ready.plane.take() == [e.ConfigWrite(0, b"a", False)]
 
 
+@pytest.mark.shows("RESET_DEVICE", "VHOST_USER_PROTOCOL_F_RESET_DEVICE")
 def test_reset_device_stops_and_disables_and_keeps_the_rest(ready: Peer) -> None:
     ready.start(0)
     ready.say(R.SET_VRING_ENABLE, (0, 1))

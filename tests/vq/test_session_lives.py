@@ -175,6 +175,7 @@ def test_qemu_10_comes_back_to_a_restarted_backend_with_packed_rings() -> None:
         assert not peer.plane.regions
 
 
+@pytest.mark.shows("SET_LOG_BASE", "VHOST_F_LOG_ALL", "VHOST_USER_PROTOCOL_F_LOG_SHMFD")
 def test_migration_source_and_destination(peer: Peer) -> None:
     play(peer, qemu_realize() + qemu_enable(ack=True) + qemu_start(QEMU_FEATURES, (0, 0)))
     peer.plane.take()
@@ -197,6 +198,7 @@ def test_migration_source_and_destination(peer: Peer) -> None:
     destination.close()
 
 
+@pytest.mark.shows("SET_MEM_TABLE")
 def test_memory_is_plugged_while_the_rings_run(peer: Peer) -> None:
     play(peer, qemu_realize() + qemu_enable(ack=False) + qemu_start(QEMU_FEATURES, (0, 0)))
     peer.plane.take()

@@ -29,6 +29,7 @@ from vq.payload import Log, Region
 R = Request
 
 
+@pytest.mark.shows("SET_MEM_TABLE")
 def test_memory_table_reaches_the_data_plane(peer: Peer) -> None:
     other = memfd()
     table = (region(), region(1 << 32, PAGE, 1 << 40, PAGE))
@@ -99,6 +100,7 @@ def test_region_up_to_the_last_byte(peer: Peer) -> None:
     assert peer.acked(R.SET_MEM_TABLE, table, [peer.memory_fd] * 2) == 0
 
 
+@pytest.mark.shows("ADD_MEM_REG", "REM_MEM_REG", "VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS")
 def test_regions_come_and_go(ready: Peer) -> None:
     extra = region(1 << 32, PAGE, 1 << 40, PAGE)
     assert ready.acked(R.ADD_MEM_REG, extra, [ready.memory_fd]) == 0
@@ -120,6 +122,7 @@ def test_added_region_takes_one_fd(ready: Peer, count: int) -> None:
     assert ready.acked(R.ADD_MEM_REG, region(1 << 32, PAGE, 1 << 40), [ready.memory_fd] * count) == 1
 
 
+@pytest.mark.shows("GET_MAX_MEM_SLOTS", "ADD_MEM_REG", "VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS")
 def test_slots_are_limited(ready: Peer) -> None:
     for n in range(1, 8):
         assert ready.acked(R.ADD_MEM_REG, region(n << 32, PAGE, n << 40), [ready.memory_fd]) == 0
@@ -136,6 +139,7 @@ def test_failing_region_changes_nothing(ready: Peer) -> None:
     assert ready.session.regions == held
 
 
+@pytest.mark.shows("SET_LOG_BASE", "VHOST_USER_PROTOCOL_F_LOG_SHMFD")
 def test_log_is_mapped_and_echoed(ready: Peer) -> None:
     assert ready.say(R.SET_LOG_BASE, Log(0x2000, 0), [ready.memory_fd], ack=True) == Log(0x2000, 0)
     (effect,) = ready.plane.take()
@@ -153,6 +157,7 @@ def test_log_that_cannot_be_mapped_closes(ready: Peer) -> None:
     close_because(ready, R.SET_LOG_BASE, Log(PAGE, 0), (ready.memory_fd,))
 
 
+@pytest.mark.shows("SET_LOG_FD")
 def test_log_event_is_kept_and_replaced(ready: Peer) -> None:
     event = os.eventfd(0)
     assert ready.acked(R.SET_LOG_FD, None, [event]) == 0

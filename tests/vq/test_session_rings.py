@@ -27,6 +27,7 @@ from vq.payload import VringAddr, VringState
 R = Request
 
 
+@pytest.mark.shows("SET_VRING_KICK")
 def test_ring_starts_on_the_kick_message(ready: Peer) -> None:
     ready.start(1, num=512, base=0xABCD_0007)
     effects = ready.plane.take()
@@ -58,6 +59,7 @@ def test_parts_may_come_before_features_and_memory_and_in_any_order(peer: Peer) 
     assert peer.plane.rings[2].base == 5
 
 
+@pytest.mark.shows("SET_VRING_KICK", "SET_VRING_ERR")
 @pytest.mark.parametrize("missing", ["num", "addr", "memory"])
 def test_ring_that_cannot_start(peer: Peer, missing: str) -> None:
     peer.negotiate()
@@ -87,6 +89,7 @@ def test_ring_that_the_data_plane_cannot_start(ready: Peer) -> None:
     assert ready.session.closed
 
 
+@pytest.mark.shows("SET_VRING_BASE")
 def test_packed_ring_takes_both_halves_of_its_base_from_the_lower(peer: Peer) -> None:
     peer.negotiate(PACKED)
     peer.share_memory()
@@ -97,6 +100,7 @@ def test_packed_ring_takes_both_halves_of_its_base_from_the_lower(peer: Peer) ->
     assert all(ring.packed for ring in peer.plane.rings.values())
 
 
+@pytest.mark.shows("SET_VRING_BASE")
 def test_packed_position_must_lie_in_the_ring(peer: Peer) -> None:
     peer.negotiate(PACKED)
     peer.share_memory()
@@ -110,6 +114,7 @@ def test_packed_position_must_lie_in_the_ring(peer: Peer) -> None:
     os.close(event)
 
 
+@pytest.mark.shows("SET_VRING_NUM")
 @pytest.mark.parametrize("num", [0, 3, 255, 32769, 65536, 1 << 31, 0xFFFFFFFF])
 def test_wrong_number_of_entries(ready: Peer, num: int) -> None:
     assert ready.acked(R.SET_VRING_NUM, (0, num)) == 1
@@ -117,6 +122,7 @@ def test_wrong_number_of_entries(ready: Peer, num: int) -> None:
     close_because(ready, R.SET_VRING_NUM, (0, num))
 
 
+@pytest.mark.shows("SET_VRING_NUM")
 @pytest.mark.parametrize("num", [1, 2, 32768])
 def test_right_number_of_entries(ready: Peer, num: int) -> None:
     for _ in range(100):
@@ -137,6 +143,7 @@ def test_layout_known_late_is_checked_at_the_start(peer: Peer) -> None:
     os.close(event)
 
 
+@pytest.mark.shows("SET_VRING_ADDR")
 @pytest.mark.parametrize(
     ("features", "part", "off"),
     [(SPLIT, "desc", 8), (SPLIT, "avail", 1), (SPLIT, "used", 2), (PACKED, "desc", 8), (PACKED, "avail", 2)],
@@ -185,6 +192,7 @@ def test_started_ring_refuses_num_base_and_addresses(ready: Peer) -> None:
     assert ready.acked(R.SET_VRING_NUM, (1, 128)) == 0
 
 
+@pytest.mark.shows("SET_VRING_ADDR")
 def test_logging_of_a_started_ring_is_switched(ready: Peer) -> None:
     ready.start(0)
     ready.plane.take()
@@ -194,6 +202,7 @@ def test_logging_of_a_started_ring_is_switched(ready: Peer) -> None:
     assert ready.plane.take() == [e.SetRingAddresses(0, 1, log), e.SetRingAddresses(0, 0, log)]
 
 
+@pytest.mark.shows("GET_VRING_BASE")
 def test_stop_answers_the_base_keeps_enable_and_drops_kick_and_call(ready: Peer) -> None:
     ready.say(R.SET_VRING_ENABLE, (0, 1))
     ready.start(0)
@@ -224,6 +233,7 @@ def test_ring_that_never_ran_answers_the_base_that_was_set(peer: Peer) -> None:
     assert peer.plane.take() == []
 
 
+@pytest.mark.shows("SET_VRING_CALL")
 def test_call_is_replaced_at_any_time(ready: Peer) -> None:
     event = os.eventfd(0)
     ready.say(R.SET_VRING_CALL, 0, [event])
@@ -271,6 +281,7 @@ def test_kick_without_fd_starts_a_polled_ring(ready: Peer) -> None:
     assert ready.plane.rings[0].kick_fd is None
 
 
+@pytest.mark.shows("VRING_KICK", "VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS")
 def test_kick_by_message_starts_and_kicks(ready: Peer) -> None:
     ready.say(R.SET_VRING_NUM, (0, 256))
     assert ready.acked(R.VRING_KICK, (0, 0)) == 1  # no addresses yet
@@ -280,6 +291,7 @@ def test_kick_by_message_starts_and_kicks(ready: Peer) -> None:
     assert [type(effect) for effect in ready.plane.take()] == [e.StartRing, e.Kick]
 
 
+@pytest.mark.shows("SET_VRING_ENABLE")
 def test_enable_is_remembered_and_told_once(ready: Peer) -> None:
     for _ in range(3):
         assert ready.acked(R.SET_VRING_ENABLE, (0, 1)) == 0
@@ -292,6 +304,7 @@ def test_enable_is_remembered_and_told_once(ready: Peer) -> None:
 FD_MESSAGES = [R.SET_VRING_KICK, R.SET_VRING_CALL, R.SET_VRING_ERR]
 
 
+@pytest.mark.shows("SET_VRING_KICK", "SET_VRING_CALL", "SET_VRING_ERR")
 @pytest.mark.parametrize("request_id", FD_MESSAGES)
 @pytest.mark.parametrize("kind", ["file", "directory", "path", "memfd", "wrong end", "null"])
 def test_fd_that_cannot_signal(

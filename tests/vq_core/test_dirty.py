@@ -80,6 +80,7 @@ class Watch:
         return pages
 
 
+@pytest.mark.shows("VHOST_F_LOG_ALL")
 @pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | MRG_RXBUF, 0, PACKED, PACKED | MRG_RXBUF])
 @many
 @given(data=st.data())

@@ -18,6 +18,8 @@ from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop, IPv6
 from scapy.layers.l2 import Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
+from engine_rig import Guest
+from vq import virtio as v
 from vq_core.offload import Offload
 
 NEEDS_CSUM = 1
@@ -187,6 +189,7 @@ def test_checksum_add_of_every_length(harness: ModuleType) -> None:
 # ---- checksum only ----
 
 
+@pytest.mark.shows("VIRTIO_NET_F_CSUM")
 @pytest.mark.parametrize("version", [4, 6])
 @PROPERTY
 @given(data=st.data())
@@ -217,6 +220,7 @@ def test_udp_zero_becomes_all_ones(harness: ModuleType, gso_type: int) -> None:
 # ---- TSO and USO ----
 
 
+@pytest.mark.shows("VIRTIO_NET_F_HOST_TSO4", "VIRTIO_NET_F_HOST_TSO6")
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("ecn", [False, True])
 @PROPERTY
@@ -232,6 +236,7 @@ def test_tso(harness: ModuleType, version: int, ecn: bool, data: Any) -> None:
     assert b"".join(piece.data[-piece.segments[1] :] for piece in got) == bytes(item.packet[TCP].payload)
 
 
+@pytest.mark.shows("VIRTIO_NET_F_HOST_USO")
 @pytest.mark.parametrize("version", [4, 6])
 @PROPERTY
 @given(data=st.data())
@@ -246,6 +251,7 @@ def test_uso(harness: ModuleType, version: int, data: Any) -> None:
     assert [piece.data for piece in got] == pieces_expected(item.packet, size)
 
 
+@pytest.mark.shows("VIRTIO_NET_F_GUEST_CSUM")
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("kind", ["tso", "uso"])
 def test_target_that_takes_checksums(harness: ModuleType, version: int, kind: str) -> None:
@@ -272,6 +278,7 @@ def test_largest_packet(harness: ModuleType) -> None:
     assert dropped == {} and [piece.data for piece in got] == pieces_expected(item.packet, 1448) * 3
 
 
+@pytest.mark.shows("VIRTIO_NET_F_HOST_ECN")
 @pytest.mark.parametrize("flags", ["A", "PA", "FPA", "FPACE", "ACE", "FPUEA"])
 @pytest.mark.parametrize("ecn", [0, ECN])
 def test_flags_of_pieces(harness: ModuleType, flags: str, ecn: int) -> None:
@@ -285,6 +292,7 @@ def test_flags_of_pieces(harness: ModuleType, flags: str, ecn: int) -> None:
     assert middle == (first.replace("C", "") if ecn else first)
 
 
+@pytest.mark.shows("VIRTIO_NET_F_GUEST_ECN")
 def test_ecn_only_missing(harness: ModuleType) -> None:
     item = big(harness, Ether() / IP() / TCP(flags="ACE") / Raw(b"x" * 3000), TCPV4 | ECN, 1000)
     whole, _ = run(harness, [item], accepts=CSUM_BIT | TSO4_BIT | ECN_BIT)
@@ -302,6 +310,7 @@ def datagram(harness: ModuleType, item: Big, size: int, segments: Any = ()) -> l
     return [Ether(piece.data) for piece in got]
 
 
+@pytest.mark.shows("VIRTIO_NET_F_HOST_UFO")
 @PROPERTY
 @given(data=st.data())
 def test_ufo_ipv4(harness: ModuleType, data: Any) -> None:
@@ -331,6 +340,7 @@ def test_ufo_ipv4(harness: ModuleType, data: Any) -> None:
         assert raw == (first if number == 0 else first.replace(b"\x1e\x04\xab\xcd", b"\x01\x01\x01\x01"))
 
 
+@pytest.mark.shows("VIRTIO_NET_F_HOST_UFO")
 @PROPERTY
 @given(data=st.data())
 def test_ufo_ipv6(harness: ModuleType, data: Any) -> None:
@@ -395,6 +405,42 @@ def test_order_and_runs(harness: ModuleType) -> None:
     assert collect.pushes[:3] == [2, 2 + len(expected_by_packet(bigs)[4]) + len(expected_by_packet(bigs)[5]), 2]
 
 
+# Features of a driver, and a packet that none of them can do without.
+WHOLE: dict[tuple[int, ...], tuple[Packet, int]] = {
+    (v.VIRTIO_NET_F_GUEST_TSO4,): (IP() / TCP(), TCPV4),
+    (v.VIRTIO_NET_F_GUEST_TSO6,): (IPv6() / TCP(), TCPV6),
+    (v.VIRTIO_NET_F_GUEST_TSO4, v.VIRTIO_NET_F_GUEST_ECN): (IP() / TCP(flags="ACE"), TCPV4 | ECN),
+    (v.VIRTIO_NET_F_GUEST_UFO,): (IP() / UDP(), UFO),
+    (v.VIRTIO_NET_F_GUEST_USO4, v.VIRTIO_NET_F_GUEST_USO6): (IP() / UDP(), USO),
+}
+
+
+@pytest.mark.shows(
+    "VIRTIO_NET_F_GUEST_TSO4", "VIRTIO_NET_F_GUEST_TSO6", "VIRTIO_NET_F_GUEST_ECN", "VIRTIO_NET_F_GUEST_UFO",
+    "VIRTIO_NET_F_GUEST_USO4", "VIRTIO_NET_F_GUEST_USO6", "VIRTIO_NET_F_GUEST_CSUM",
+)  # fmt: skip
+@pytest.mark.parametrize("bits", WHOLE, ids=lambda bits: "+".join(v.feature_names(v.mask(*bits), v.DeviceId.NET)))
+def test_a_guest_gets_whole_what_its_features_take(harness: ModuleType, bits: tuple[int, ...]) -> None:
+    """With all of them the packet as it was sent, header included; with one of them missing its pieces."""
+    layers, gso_type = WHOLE[bits]
+    item = big(harness, Ether() / layers / Raw(random.Random(4).randbytes(3000)), gso_type, 1000)
+    header = item.header._replace(hdr_len=item.start + (20 if item.transport is TCP else 8))
+    everything = (v.VIRTIO_F_VERSION_1, v.VIRTIO_NET_F_GUEST_CSUM, *bits)
+    for missing in (None, *everything[1:]):
+        guest, feed = Guest(v.mask(*(bit for bit in everything if bit != missing))), harness.Feed()
+        guest.post(4000, 5)
+        guest.receiveq.publish()
+        feed.add(item.data, header, [100])
+        assert harness.offload(Offload(), feed, guest.port) == [1]
+        got = [token.written(length) for token, length in guest.receiveq.poll()]
+        if missing is None:
+            assert got == [struct.pack("<BBHHHH", *header) + b"\1\0" + item.data]
+        else:
+            assert 3 <= len(got) <= 4
+            assert all(data[1] == 0 for data in got), "no piece is to be segmented again"
+
+
+@pytest.mark.shows("VIRTIO_NET_F_GUEST_TSO4")
 def test_accepted_packets_pass_untouched(harness: ModuleType) -> None:
     bigs = mixed(harness)
     feed, collect = harness.Feed(), harness.Collect(accepts=ALL_BITS)

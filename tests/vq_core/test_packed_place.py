@@ -81,6 +81,7 @@ def test_a_receiveq_goes_on_behind_the_last_used_chain(
         assert guest.received() == packets
 
 
+@pytest.mark.shows("VIRTIO_F_RING_PACKED")
 def test_every_slot_of_a_used_chain_has_the_mark_of_its_lap(harness: ModuleType) -> None:
     """Seven slots and chains of three: the third of them goes over the end."""
     guest, target = packed(size=7), harness.Collect()

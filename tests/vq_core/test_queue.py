@@ -83,6 +83,7 @@ class ExpectedPacked(Expected):
         self.suppressed += not wanted
 
 
+@pytest.mark.shows("VIRTIO_F_EVENT_IDX")
 @every_layout
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("index", [0, 1], ids=["receiveq", "transmitq"])
@@ -125,6 +126,7 @@ def test_calls_are_counted_exactly(
     assert counts(guest, 1 - index)[1] == 0
 
 
+@pytest.mark.shows("VIRTIO_F_EVENT_IDX")
 @every_layout
 @pytest.mark.parametrize("event_idx", [False, True])
 @many

@@ -76,6 +76,7 @@ def packets_out(draw: st.DrawFn) -> list[dict[str, Any]]:
     return result
 
 
+@pytest.mark.shows("VIRTIO_F_ANY_LAYOUT", "VIRTIO_F_INDIRECT_DESC")
 @many
 @given(data=st.data())
 def test_any_shape_of_a_transmit_buffer(harness: ModuleType, arena: Arena, data: st.DataObject) -> None:
@@ -137,6 +138,7 @@ def expected_buffers(
     return delivered, dropped, len(lengths)
 
 
+@pytest.mark.shows("VIRTIO_F_ANY_LAYOUT", "VIRTIO_F_INDIRECT_DESC")
 @many
 @given(data=st.data())
 def test_any_shape_of_a_receive_buffer(harness: ModuleType, arena: Arena, data: st.DataObject) -> None:
@@ -254,6 +256,7 @@ def test_what_a_full_ring_cannot_take_is_dropped(harness: ModuleType) -> None:
     assert [length for _, length in guest.receiveq.poll()] == [112] * 4
 
 
+@pytest.mark.shows("VIRTIO_NET_F_MRG_RXBUF")
 def test_mergeable_buffers_become_visible_together(harness: ModuleType) -> None:
     """One index store a push: the driver never sees a part of a packet."""
     guest, source = Guest(VERSION_1 | MRG_RXBUF), harness.Feed()
@@ -581,6 +584,7 @@ def test_given_back_up_to_the_last_packet_that_was_pushed(harness: ModuleType) -
     assert len(guest.transmitq.poll()) == 16
 
 
+@pytest.mark.shows("VIRTIO_F_IN_ORDER")
 def test_in_order_one_element_stands_for_all_that_is_published_at_once(harness: ModuleType) -> None:
     """VIRTIO 1.3, 2.7.9: it names the last buffer and stands where the first would; the index counts all of them."""
     guest, target = Guest(VERSION_1 | IN_ORDER), harness.Collect()
@@ -594,6 +598,7 @@ def test_in_order_one_element_stands_for_all_that_is_published_at_once(harness: 
     assert [token for token, _ in guest.transmitq.poll()] == tokens
 
 
+@pytest.mark.shows("VIRTIO_F_IN_ORDER")
 @pytest.mark.parametrize("layout", ["one", "chain", "indirect"])
 def test_in_order_heads_follow_from_the_buffers_before(harness: ModuleType, layout: str) -> None:
     """Once in step the entries of the available ring are not looked at, also over the end of the table."""
