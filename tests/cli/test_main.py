@@ -70,7 +70,10 @@ def test_help_names_the_exit_code_of_each_signal() -> None:
     assert "129, 130 and 143 SIGHUP, SIGINT and SIGTERM ended" in text
 
 
-@pytest.mark.parametrize("words", [["bench"], ["bench", "tune"], ["bench", "peers"], ["bench", "latency"], ["demo"]])
+WORDS = [["qemu"], ["libvirt"], ["bench"], ["bench", "tune"], ["bench", "peers"], ["bench", "latency"], ["demo"]]
+
+
+@pytest.mark.parametrize("words", WORDS)
 def test_help_fills_the_lines_of_a_narrow_terminal(words: list[str]) -> None:
     environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "vq", *words, "--help"]

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from vq.cli.conventions import CAPABILITIES_OPTION, print_capabilities
+from vq.cli.conventions import print_capabilities
 from vq.cli.output import OutputError, check_output, discard_output, open_closed_streams
 from vq.cli.signals import AskedTwice
 from vq.errors import ConnectionClosed, GuestError, PeerError, UsageError, VqError
@@ -134,9 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        if words[:1] == ["pump"] and CAPABILITIES_OPTION in words:
-            # Whatever stands beside it is to be ignored, also what would be wrong.
-            print_capabilities("net")
+        if print_capabilities(words):
             return OK
         result = make_app()(
             words,

@@ -5,29 +5,36 @@ Spec: vhost-user, "Backend program conventions".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from vq.cli.output import write_json
 from vq.errors import UsageError
 from vq.stats import encode
 
-__all__ = ["CAPABILITIES_OPTION", "conventional_ports", "print_capabilities"]
+__all__ = ["CAPABILITIES", "CAPABILITIES_OPTION", "conventional_ports", "print_capabilities"]
 
 CAPABILITIES_OPTION: Final = "--print-capabilities"
 
+# Of each command that is a back-end program: its type, and those of its options that the specification has a name for.
+CAPABILITIES: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType({"pump": {"type": "net", "features": []}})
 
-def print_capabilities(kind: str, features: Sequence[str] = ()) -> None:
-    """Print what management software may know of a back-end.
 
-    Parameters
-    ----------
-    kind
-        Its type, as QEMU's ``VHostUserBackendType`` has it.
-    features
-        Those of its options that the specification has a name for; there are none for net.
+def print_capabilities(words: Sequence[str]) -> bool:
+    """Print what management software may know of a back-end, if the words of a command line ask for that.
+
+    Whatever stands beside the option is ignored, also what would be wrong by itself.
+
+    Returns
+    -------
+    bool
+        Whether they did; then nothing else is to be done.
     """
-    write_json(encode({"type": kind, "features": list(features)}))
+    if not words or words[0] not in CAPABILITIES or CAPABILITIES_OPTION not in words:
+        return False
+    write_json(encode(CAPABILITIES[words[0]]))
+    return True
 
 
 def conventional_ports(socket_path: str | None, fd: str | None) -> tuple[str, ...]:
