@@ -12,6 +12,7 @@ from quality.tree import below, name, without_comments
 # Once-only reads and writes of memory that a guest can change at any moment.
 SHARED = re.compile(r"\bvq_(?:snapshot\w*|put_\w+)\s*\(")
 SHARED_FILES = {
+    "vq_core/chain.pxd": "the copies of two indirect descriptors, the only ones that are used",
     "vq_core/chain.pyx": "the copy of an indirect descriptor, the only one that is used",
     "vq_core/split.pxd": "the copy of a descriptor of the table, the only one that is used",
     "vq_core/ports/vhost_pull.pyx": "the copy of a virtio-net header, the only one that is used",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from types import TracebackType
@@ -42,13 +41,13 @@ class DirtyLog:
         end = max(guest_addr + size for guest_addr, size, *_ in memory.regions)
         pages = -(-end // PAGE)
         self._size = -(-pages // (8 * PAGE)) * PAGE
-        fd = os.memfd_create("vq-bench-log", os.MFD_CLOEXEC)
+        self._fd = os.memfd_create("vq-bench-log", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, self._size)
-            frontend.set_log_base(fd, self._size)
-            self._map = mmap.mmap(fd, self._size)
-        finally:
-            os.close(fd)
+            os.ftruncate(self._fd, self._size)
+            frontend.set_log_base(self._fd, self._size)
+        except BaseException:
+            os.close(self._fd)
+            raise
         self.pages = 0
         self._ended = threading.Event()
         self._taker = threading.Thread(target=self._take, name="vq-dirty-log")
@@ -64,10 +63,10 @@ class DirtyLog:
         """End that, and give the memory back."""
         self._ended.set()
         self._taker.join()
-        self._map.close()
+        os.close(self._fd)
 
     def _take(self) -> None:
         clean = bytes(self._size)
         while not self._ended.wait(TAKE_S):
-            self.pages += int.from_bytes(self._map[:], "little").bit_count()
-            self._map[:] = clean
+            self.pages += int.from_bytes(os.pread(self._fd, self._size, 0), "little").bit_count()
+            os.pwrite(self._fd, clean, 0)
