@@ -148,6 +148,10 @@ class Frontend:
         """Give the socket's fd; -1 when closed."""
         return self._connection.fileno()
 
+    def peer_process(self) -> int:
+        """Give the number of the process that listens, as the kernel knows it."""
+        return self._connection.peer_process()
+
     def close(self) -> None:
         """Close the connection: the back-end must then let go of everything."""
         self._connection.close()
@@ -161,6 +165,14 @@ class Frontend:
     def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = VERSION) -> None:
         """Send any bytes as a message, right or wrong, and wait for nothing."""
         self._transmit(encode(request, payload, flags), fds)
+
+    def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send any bytes, with fds at the first of them, and wait for nothing: pieces of messages, several at once."""
+        self._transmit(data, fds)
+
+    def end_sending(self) -> None:
+        """Send nothing more: what the back-end has got of a message is all that comes of it."""
+        self._connection.end_sending()
 
     def receive(self, timeout: float | None = None) -> Message:
         """Wait for the next reply, whatever it answers; its form has been checked.

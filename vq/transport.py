@@ -16,6 +16,7 @@ from __future__ import annotations
 import array
 import os
 import socket
+import struct
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from vq.reaper import close_socket
 
 SEND_BUFFER_MAX: Final = 64 * 1024
 _SO_PASSSEC: Final = 34
+_UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
 _FD_SIZE: Final = array.array("i").itemsize
 _FDS_SENT_MAX: Final = 253  # SCM_MAX_FD of Linux: nobody can send more at once
 _FDS_SPACE: Final = socket.CMSG_SPACE(_FDS_SENT_MAX * _FD_SIZE)
@@ -214,6 +216,16 @@ class Connection:
             return 0
         except (BrokenPipeError, ConnectionResetError):
             raise ConnectionClosed("the peer closed the connection before it read our message") from None
+
+    def peer_process(self) -> int:
+        """The number of the process at the other end: of a listening socket, the one that made it listen."""
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return int(_UCRED.unpack(credentials)[0])
+
+    def end_sending(self) -> None:
+        """Tell the peer that nothing more comes, while its replies can still be received."""
+        with suppress(OSError):  # the peer has closed already
+            self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Close the socket and every fd that waits in either direction. Does nothing the second time."""

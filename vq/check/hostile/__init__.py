@@ -1,0 +1,1 @@
+"""What a front-end or a guest must not be able to do."""
