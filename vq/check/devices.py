@@ -185,7 +185,7 @@ def poll_ring(guest: Guest, index: int) -> list[tuple[Buffer, int]]:
 
 
 def read_sector(guest: Guest, sector: int, kind: int = VIRTIO_BLK_T_IN, size: int = SECTOR) -> tuple[int, bytes]:
-    """Have a block device do a request that returns data; gives its status and the data that it claims to have written."""
+    """Have a block device do a request that returns data; gives its status and the data it claims to have written."""
     queue = guest.queues[0]
     queue.add([struct.pack("<IIQ", kind, 0, sector)], [size, 1] if size else [1])
     queue.publish()

@@ -21,13 +21,16 @@ from vq_core.notify import signal
 if TYPE_CHECKING:
     from vq.check.target import Target
 
-__all__ = ["A", "A_BYTES", "A_USER", "B", "BASIC_PROTOCOL", "B_BYTES", "B_USER", "GAP", "PAGE", "Guest", "LAYOUTS"]
+__all__ = [
+    "A_BYTES", "A_USER", "BASIC_PROTOCOL", "B_BYTES", "B_USER", "DATA", "GAP", "LAYOUTS", "PAGE", "A", "B", "Guest",
+]  # fmt: skip
 
 PAGE: Final = 4096
 # Region B follows A in guest addresses, but nowhere else; behind B there is nothing.
 A, A_BYTES, A_USER = 0x4000_0000, 1024 * PAGE, 0x7E12_0000_0000
 B, B_BYTES, B_USER = A + A_BYTES, 16 * PAGE, 0x7E13_0000_0000
 GAP: Final = B + B_BYTES
+DATA: Final = A + A_BYTES // 2  # free memory: rings and blocks are given out from the beginning of A
 
 BASIC_PROTOCOL: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_STATUS

@@ -94,18 +94,17 @@ def check(
     def enter(function: Function) -> Function:
         *_, half, room = function.__module__.split(".")
         group = Group(half)
-        prefix = "hostile." if group is Group.HOSTILE else ""
-        name = f"{prefix}{room}.{function.__name__.replace('_', '-')}"
+        name = f"{_prefix(group)}{room}.{function.__name__.replace('_', '-')}"
         title = (function.__doc__ or "").split("\n")[0].rstrip(".")
         wanted = v.mask(*protocol)
-        if wanted:
-            features_needed = v.mask(*features, v.VHOST_USER_F_PROTOCOL_FEATURES)
-        else:
-            features_needed = v.mask(*features)
-        _checks.append(Check(name, group, section, title, device, features_needed, wanted, function))
+        _checks.append(Check(name, group, section, title, device, v.mask(*features), wanted, function))
         return function
 
     return enter
+
+
+def _prefix(group: Group) -> str:
+    return "hostile." if group is Group.HOSTILE else ""
 
 
 def checks() -> Iterator[Check]:
@@ -113,5 +112,5 @@ def checks() -> Iterator[Check]:
     for group, rooms in ROOMS.items():
         for room in rooms:
             import_module(f"vq.check.{group}.{room}")
-    order = [f"{'hostile.' if group is Group.HOSTILE else ''}{room}" for group, rooms in ROOMS.items() for room in rooms]
+    order = [_prefix(group) + room for group, rooms in ROOMS.items() for room in rooms]
     yield from sorted(_checks, key=lambda known: order.index(known.name.rpartition(".")[0]))

@@ -1,7 +1,7 @@
 """What becomes of one message, right or wrong, without ever waiting for silence.
 
-Behind each message goes a GET_FEATURES: replies come in the order of requests, so if its reply is the first one, nothing
-answered the message before.
+Behind each message goes a GET_FEATURES: replies come in the order of requests, so if its reply is the first one,
+nothing answered the message before.
 
 Spec: vhost-user, "Communication", "Protocol features" (REPLY_ACK).
 """

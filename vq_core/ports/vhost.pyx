@@ -32,6 +32,9 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
             if ring_known(&queue.ring, packed) > 0:
                 return 1
             queue_request_kick(queue)
+            # Without a kick fd nothing would wake us: the front-end has asked for polling (VHOST_USER_VRING_NOFD_MASK).
+            if queue.kick_fd < 0:
+                return 1
             # Also for an impossible index, or when memory was lost: the next pull breaks the ring.
             if ring_has_more(&queue.ring, packed) or pair_lost(queue):
                 return 1
@@ -40,7 +43,7 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
         packed = queue.ring.is_packed
         if queue.live:
             queue_request_kick(queue)
-            if ring_has_more(&queue.ring, packed):
+            if queue.kick_fd < 0 or ring_has_more(&queue.ring, packed):
                 return 1
     return 0
 

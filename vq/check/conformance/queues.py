@@ -30,7 +30,8 @@ def number(target: Target) -> str:
 def each_can_be_set_up(target: Target) -> str:
     """As many rings as were told take a size and an fd before anything else is known."""
     with target.negotiate() as frontend:
-        rings = min(frontend.queue_num(), 256)
+        # A network device tells queue pairs.
+        rings = min(frontend.queue_num() * (2 if target.device == "net" else 1), 256)
         for index in range(rings):
             frontend.request(Request.SET_VRING_CALL, index | VRING_NOFD_MASK)
             frontend.request(Request.SET_VRING_NUM, VringState(index, 64))
