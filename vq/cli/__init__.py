@@ -4,11 +4,11 @@
 code   meaning
 =====  ==========================================================================
 0      done; also when SIGINT, SIGTERM or SIGHUP ended a pump
-1      a verification failed: the demo lost, doubled or changed a packet
+1      a verification failed: the demo lost, doubled or changed a packet, a check of a back-end failed
 2      usage: a wrong argument
 3      peer: the other end of a socket broke the protocol
 4      resource: the machine refused (path, permission, limit, missing build)
-129    SIGHUP ended the demo or a benchmark, which reports what was verified so far
+129    SIGHUP ended the demo, a benchmark or a check, which reports what was verified so far
 130    SIGINT did so; or it came before a command had begun
 143    SIGTERM ended one of them
 141    nobody reads standard output any more (``vq pump ... | head -1``); nothing is said
@@ -39,13 +39,14 @@ USAGE: Final = 2
 PEER: Final = 3
 RESOURCE: Final = 4
 INTERRUPTED: Final = 128 + 2  # what shells expect of a program that SIGINT ended
-COMMANDS: Final = ("pump", "demo", "bench", "qemu", "libvirt")
+COMMANDS: Final = ("pump", "demo", "bench", "check", "qemu", "libvirt")
 UNREAD: Final = 128 + 13  # and SIGPIPE
 
 # One line a paragraph: the terminal wraps them.
 EPILOGUE = """\
 Exit codes: 0 done, 1 a verification failed, 2 wrong usage, 3 the peer broke the protocol, 4 the machine refused, \
-129, 130 and 143 SIGHUP, SIGINT and SIGTERM ended the demo or a benchmark, 141 nobody reads standard output any more.
+129, 130 and 143 SIGHUP, SIGINT and SIGTERM ended the demo, a benchmark or a check, 141 nobody reads \
+standard output any more.
 
 "vq COMMAND --help" tells the options of a command; "vq pump --help" also the kinds of PORT.
 """
@@ -57,6 +58,8 @@ def make_app() -> App:
 
     from vq import __version__
     from vq.cli.bench import bench_app
+    from vq.cli.check import HELP as CHECK_HELP
+    from vq.cli.check import check
     from vq.cli.demo import HELP, demo
     from vq.cli.libvirt import HELP as LIBVIRT_HELP
     from vq.cli.libvirt import libvirt
@@ -74,6 +77,7 @@ def make_app() -> App:
     app.command(pump, usage="Usage: vq pump PORT... [OPTIONS]", help_epilogue=epilogue())
     app.command(demo, usage="Usage: vq demo [OPTIONS]", help=HELP, help_epilogue="")
     app.command(bench_app())
+    app.command(check, usage="Usage: vq check SOCKET [OPTIONS]", help=CHECK_HELP, help_epilogue="")
     app.command(qemu, usage="Usage: vq qemu PORT... [OPTIONS]", help=QEMU_HELP, help_epilogue="")
     app.command(libvirt, usage="Usage: vq libvirt PORT... [OPTIONS]", help=LIBVIRT_HELP, help_epilogue="")
     app.register_install_completion_command()
