@@ -65,6 +65,7 @@ END
         2>/dev/null || echo "python3-dev Python.h"
     python3 -c 'import ensurepip' 2>/dev/null || echo "python3-venv ensurepip"
     has dpdk-testpmd || echo "dpdk-dev dpdk-testpmd"
+    has qemu-storage-daemon || echo "qemu-utils qemu-storage-daemon"
 }
 
 missing_drivers() {

@@ -98,6 +98,7 @@ CHECKS: dict[str, tuple[Callable[[], str | None], ...]] = {
     "root": (_root,),
     "guest": (_qemu, _kernel, *(_program(name) for name in ("busybox", "ping", "ethtool", "iperf3", "ldd", "setpriv"))),
     "tap": (_namespaces, _tun, _program("busybox")),
+    "storage-daemon": (_program("qemu-storage-daemon"),),
     "dpdk": (_root, _program("dpdk-testpmd"), _hugepages, _program("setpriv")),
 }
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from vq.check.outcome import Failed, Gone
+from vq.check.outcome import Failed, Gone, Skipped
 from vq.errors import VqError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def each(target: Target, cases: Mapping[str, Case], act: Callable[[Case], str]) 
     ------
     Failed
         Cases failed; the message names them.
+    Skipped
+        A case found out that the whole check does not apply.
     Gone
         The back-end is gone, and cannot be started again.
     """
@@ -48,6 +50,8 @@ def each(target: Target, cases: Mapping[str, Case], act: Callable[[Case], str]) 
             end = act(case)
             target.verify()
             ends[end] += 1
+        except Skipped:
+            raise
         except Gone as gone:
             wrong.append(f"{name}: {gone}")
             if not target.revive():

@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from typing import Any, Final
 
+from vq import virtio as v
 from vq.check.devices import Driving, driving
 from vq.check.guest import BASIC_PROTOCOL, Guest
 from vq.check.outcome import Failed, Gone
@@ -18,7 +19,6 @@ from vq.message import Request
 
 __all__ = ["Target"]
 
-ALL_PROTOCOL: Final = (1 << 64) - 1
 START_S: Final = 20.0  # that a back-end may take until it listens; DPDK takes seconds
 
 
@@ -122,11 +122,11 @@ class Target:
         """
         try:
             with self._open(START_S if self._program is not None else self.timeout) as frontend:
-                frontend.negotiate(0, 0)
+                self.features = frontend.offered_features
+                if v.has(self.features, v.VHOST_USER_F_PROTOCOL_FEATURES):
+                    self.protocol_features = frontend.request(Request.GET_PROTOCOL_FEATURES)
         except Gone as gone:
             raise ResourceError(str(gone), path=self.path, remedy="start the back-end first") from gone
-        self.features = frontend.offered_features
-        self.protocol_features = frontend.offered_protocol_features
 
     def verify(self) -> None:
         """Insist that a fresh connection is served."""

@@ -70,12 +70,11 @@ def check(
         from vq.check import run, select
 
         total = len(select(only or [], skip or []))
-        with _progress(total, json=json) as show:
-            with suppress(_EndedEarly):
-                run(
-                    socket, device=type, only=only or [], skip=skip or [], timeout=timeout, start=start,
-                    on_result=lambda result: stop.note(result, show),
-                )  # fmt: skip
+        with _progress(total, json=json) as show, suppress(_EndedEarly):
+            run(
+                socket, device=type, only=only or [], skip=skip or [], timeout=timeout, start=start,
+                on_result=lambda result: stop.note(result, show),
+            )  # fmt: skip
     counts = {outcome: sum(result.outcome == outcome for result in stop.results) for outcome in STYLES}
     with check_output():
         if json:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from vq import virtio as v
 from vq.check.cases import each
 from vq.check.devices import frame, net
 from vq.check.guest import BASIC_PROTOCOL
-from vq.check.outcome import Failed
+from vq.check.outcome import Failed, Skipped
 from vq.check.registry import check
 from vq.check.target import Target
 from vq.check.verdict import asked
@@ -111,6 +112,26 @@ def mtu(target: Target) -> None:
         guest.share()
         guest.start_all()
         target.driving.exchange(guest)
+
+
+@check("VIRTIO 1.3, 5.1.6.4.1", device="net", features=(v.VIRTIO_F_VERSION_1,))
+def num_buffers(target: Target) -> str:
+    """The header of a packet in one receive buffer says so, with and without mergeable buffers."""
+
+    def act(features: int) -> str:
+        with target.guest(features=features) as guest:
+            net(target).send(guest, frame(1))
+            if not target.echoes:
+                raise Skipped("the back-end does not echo, so no header can be seen")
+            (count,) = struct.unpack_from("<H", net(target).header, 10)
+            if count != 1:
+                raise Failed(f"num_buffers is {count}")
+            return "1"
+
+    cases = {"not mergeable": 0}
+    if v.has(target.features, v.VIRTIO_NET_F_MRG_RXBUF):
+        cases["mergeable"] = v.mask(*MERGEABLE)
+    return each(target, cases, act)
 
 
 @check("vhost-user, Multiple queue support", device="net", protocol=(v.VHOST_USER_PROTOCOL_F_MQ,))

@@ -92,7 +92,7 @@ def _odd_fds() -> Iterator[dict[str, int]]:
         "directory": os.open("/", os.O_RDONLY),
         "/dev/null": os.open("/dev/null", os.O_RDWR),
         "path": os.open("/", os.O_PATH),
-        "memory": os.memfd_create("odd"),
+        "empty memory": os.memfd_create("odd"),
         "pipe, reading end": reader,
         "pipe, writing end": writer,
         "socket": ours.detach(),
