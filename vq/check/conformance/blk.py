@@ -63,7 +63,7 @@ def identity(target: Target) -> str:
 
 @check(SECTION, device="blk", features=(VIRTIO_BLK_F_FLUSH,))
 def flush(target: Target) -> None:
-    """FLUSH succeeds."""
+    """A FLUSH request succeeds."""
     with target.guest(features=v.mask(VIRTIO_BLK_F_FLUSH)) as guest:
         status, _ = read_sector(guest, 0, VIRTIO_BLK_T_FLUSH, 0)
         if status != VIRTIO_BLK_S_OK:
