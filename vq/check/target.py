@@ -19,6 +19,7 @@ from vq.message import Request
 
 __all__ = ["Target"]
 
+GLANCE_S: Final = 0.1  # between two looks whether the program still runs
 START_S: Final = 20.0  # that a back-end may take until it listens; DPDK takes seconds
 
 
@@ -72,8 +73,10 @@ class Target:
             left = end - time.monotonic()
             problem: VqError
             try:
-                frontend = Frontend.connect(self.path, timeout=max(left, 0.0))
+                frontend = Frontend.connect(self.path, timeout=min(max(left, 0.0), GLANCE_S))
             except ResourceError as refused:
+                if left > 0 and not self._death():
+                    continue
                 raise Gone(self._obituary("accepts no connection")) from refused
             frontend.timeout = self.timeout
             try:
