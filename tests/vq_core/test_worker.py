@@ -156,6 +156,26 @@ def test_what_happens_to_a_sleeping_queue_wakes_it() -> None:
             os.close(fd)
 
 
+def test_a_queue_without_a_kick_fd_is_polled() -> None:
+    """The front-end asks for polling so; with a kick fd again the worker sleeps."""
+    guest = Guest(VERSION_1)
+    guest.port.queues[1].set_kick(None)
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    with running(Worker()) as (worker,):
+        worker.set_plan(echo(guest))
+        guest.post(60, 4)
+        guest.receiveq.publish()
+        for number in range(3):
+            time.sleep(0.02)  # far longer than a worker waits before it sleeps
+            guest.send(bytes([number]) * 60)
+            guest.transmitq.publish()
+            assert wait_for(guest.received) == [bytes([number]) * 60]
+        guest.port.queues[1].set_kick(fd)
+        asleep(worker)
+        guest.port.queues[1].set_kick(None)
+    os.close(fd)
+
+
 def test_an_announcement_wakes_it(harness: ModuleType) -> None:
     guest, target = Guest(VERSION_1), harness.Collect()
     with running(Worker()) as (worker,):
