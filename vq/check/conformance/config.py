@@ -43,7 +43,7 @@ def parts(target: Target) -> None:
 
 @check("VIRTIO 1.3, 5.2.4", device="blk", protocol=CONFIG)
 def blk_capacity(target: Target) -> str:
-    """The capacity is told, and as many queues as GET_QUEUE_NUM allows."""
+    """The configuration space tells a capacity, in sectors of 512 bytes."""
     with target.negotiate(protocol=PROTOCOL) as frontend:
         space = frontend.get_config(0, BLK_BYTES)
         (capacity,) = struct.unpack_from("<Q", space)
