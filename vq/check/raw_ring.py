@@ -1,7 +1,6 @@
 """Rings by their bytes, so that a check can write what no driver would.
 
-Both layouts take chains as rows (guest address, length, flags); NEXT is added between the rows. A row may say more:
-its `next` on a split ring.
+Both layouts take chains as rows (guest address, length, flags), between which `joined` adds NEXT.
 
 Spec: VIRTIO 1.3, 2.7 and 2.8.
 """
@@ -14,7 +13,7 @@ from typing import Final
 
 from vq_core.driver import DriverQueue
 
-__all__ = ["INDIRECT", "NEXT", "WRITE", "RawRing", "Row", "table"]
+__all__ = ["INDIRECT", "NEXT", "WRITE", "RawRing", "Row", "joined", "table"]
 
 NEXT: Final = 1
 WRITE: Final = 2
@@ -26,13 +25,17 @@ Row = tuple[int, int, int]  # guest address, length, flags
 _DESC: Final = struct.Struct("<QIHH")
 
 
+def joined(rows: Sequence[Row]) -> list[Row]:
+    """Add NEXT between rows."""
+    last = len(rows) - 1
+    return [(addr, length, flags | (NEXT if row < last else 0)) for row, (addr, length, flags) in enumerate(rows)]
+
+
 def table(rows: Sequence[Row], packed: bool) -> bytes:
     """Lay out an indirect table whose entries follow each other."""
     entries = []
-    for number, (addr, length, flags) in enumerate(rows):
-        last = number == len(rows) - 1
-        flags |= 0 if last else NEXT
-        after = 0 if last else number + 1
+    for number, (addr, length, flags) in enumerate(joined(rows)):
+        after = number + 1 if flags & NEXT else 0
         entries.append(_DESC.pack(addr, length, 0, flags) if packed else _DESC.pack(addr, length, flags, after))
     return b"".join(entries)
 
@@ -59,8 +62,7 @@ class RawRing:
 
     def chain(self, rows: Sequence[Row]) -> None:
         """Write a whole chain and make it available: at descriptor 0, or at the next slots of a packed ring."""
-        rows = [(addr, length, flags | (NEXT if row < len(rows) - 1 else 0)) for row, (addr, length, flags) in
-                enumerate(rows)]
+        rows = joined(rows)
         if self.packed:
             self.slots(rows)
             return

@@ -12,7 +12,7 @@ from vq.check.outcome import Failed
 from vq.check.registry import check
 from vq.check.target import Target
 from vq.check.verdict import Verdict, asked, say
-from vq.message import VERSION, Request, request_name
+from vq.message import NEED_REPLY, VERSION, Request, request_name
 from vq.payload import VringAddr, VringState
 
 SECTION = "vhost-user, Protocol features"
@@ -64,7 +64,7 @@ def only_when_asked(target: Target) -> None:
 def a_stop_and_a_start(target: Target) -> None:
     """GET_VRING_BASE is answered once, with or without NEED_REPLY."""
     with target.guest() as guest:
-        for flags in (VERSION, VERSION | 8):
+        for flags in (VERSION, VERSION | NEED_REPLY):
             verdict = say(guest.frontend, R.GET_VRING_BASE, VringState(0, 0), flags=flags)
             if verdict is not Verdict.ANSWERED:
                 raise Failed(f"flags {flags:#x}: {verdict}")

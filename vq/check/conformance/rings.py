@@ -16,13 +16,8 @@ STATES = "vhost-user, Ring states"
 R = Request
 
 
-def position(guest: Guest, base: int) -> int:
-    """The available half of a base, which counts for both layouts."""
-    return base & 0xFFFF
-
-
 @check(STATES)
-def base_of_a_stopped_ring(target: Target) -> str:
+def base_of_a_stopped_ring(target: Target) -> None:
     """GET_VRING_BASE of a ring that never ran answers what SET_VRING_BASE has set."""
     with target.guest(running=False) as guest:
         for base in (0, 77):
@@ -30,7 +25,6 @@ def base_of_a_stopped_ring(target: Target) -> str:
             found = guest.frontend.get_vring_base(0)
             if found != base:
                 raise Failed(f"{found} instead of {base}")
-    return ""
 
 
 def _moves_on(target: Target, layout: str) -> str:
@@ -38,7 +32,7 @@ def _moves_on(target: Target, layout: str) -> str:
         for _ in range(5):
             target.driving.exchange(guest)
         victim = guest.victim
-        base = position(guest, guest.frontend.stop_ring(victim))
+        base = guest.frontend.stop_ring(victim) & 0xFFFF  # the available half, which counts for both layouts
         expected = guest.queues[victim].avail_idx
         if base != expected:
             raise Failed(f"ring {victim} stops at {base:#x}, its driver at {expected:#x}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vq import virtio as v
 from vq.check.cases import each
 from vq.check.guest import DATA
-from vq.check.raw_ring import NEXT
+from vq.check.raw_ring import NEXT, joined
 from vq.check.registry import check
 from vq.check.target import Target
 
@@ -21,11 +21,7 @@ def buffer_ids(target: Target) -> str:
     def act(number: int) -> str:
         with target.guest(num=NUM, layout="packed") as guest:
             ring = guest.raw()
-            rows = target.driving.request(guest)
-            last = len(rows) - 1
-            rows = [(addr, length, flags | (NEXT if row < last else 0)) for row, (addr, length, flags) in
-                    enumerate(rows)]
-            ring.slots(rows, number)
+            ring.slots(joined(target.driving.request(guest)), number)
             return guest.aftermath(ring)
 
     return each(target, {f"{number}": number for number in (NUM, 0x7FFF, 0xFFFF)}, act)
