@@ -24,6 +24,9 @@ qemu_major() {
     qemu-system-x86_64 --version | sed -n 's/.*version \([0-9]*\)\..*/\1/p;q'
 }
 
+# The storage daemon is of the same release; its package differs among releases, so both are always installed together.
+has_qemu() { [ "$(qemu_major)" -ge "$MINIMUM_QEMU" ] && has qemu-storage-daemon; }
+
 # The tests take a kernel from the folder above or, where one is bootable with its modules, from the machine itself.
 has_kernel() {
     for image in "$KERNEL_FOLDER"/boot/vmlinuz-* /boot/vmlinuz-*cloud-amd64; do
@@ -65,7 +68,6 @@ END
         2>/dev/null || echo "python3-dev Python.h"
     python3 -c 'import ensurepip' 2>/dev/null || echo "python3-venv ensurepip"
     has dpdk-testpmd || echo "dpdk-dev dpdk-testpmd"
-    has qemu-storage-daemon || echo "qemu-utils qemu-storage-daemon"
 }
 
 missing_drivers() {
@@ -78,6 +80,7 @@ missing_parts() {
     missing_programs | sed 's/.* //'
     missing_drivers | sed 's/^/DPDK driver net_/'
     [ "$(qemu_major)" -ge "$MINIMUM_QEMU" ] || echo "QEMU $MINIMUM_QEMU or newer"
+    has qemu-storage-daemon || echo "QEMU's storage daemon"
     has_kernel || echo "guest kernel"
     has_pages || echo "$HUGEPAGES hugepages of 2 MiB"
     has_hugetlbfs || echo "hugetlbfs mount"
@@ -109,7 +112,7 @@ if ! has_hugetlbfs; then
     mkdir -p /dev/hugepages
     mount -t hugetlbfs hugetlbfs /dev/hugepages || say "no hugetlbfs can be mounted here; DPDK is skipped"
 fi
-if [ -z "$(missing_programs; missing_drivers)" ] && [ "$(qemu_major)" -ge "$MINIMUM_QEMU" ] && has_kernel; then
+if [ -z "$(missing_programs; missing_drivers)" ] && has_qemu && has_kernel; then
     exit 0
 fi
 
@@ -143,7 +146,7 @@ add_backports() {
     say "added $suite from $uri"
 }
 
-[ "$(qemu_major)" -ge "$MINIMUM_QEMU" ] || [ "$VERSION_CODENAME" != bookworm ] || add_backports
+has_qemu || [ "$VERSION_CODENAME" != bookworm ] || add_backports
 say "fetching the package lists"
 apt-get update -q
 
@@ -156,11 +159,11 @@ done
 # shellcheck disable=SC2086 # a list of words
 [ -z "$(echo $packages)" ] || install $packages
 
-if [ "$(qemu_major)" -lt "$MINIMUM_QEMU" ]; then
+if ! has_qemu; then
     if [ "$VERSION_CODENAME" = bookworm ]; then
-        install -t bookworm-backports qemu-system-x86
+        install -t bookworm-backports qemu-system-x86 qemu-utils
     else
-        install qemu-system-x86
+        install qemu-system-x86 qemu-utils
     fi
 fi
 
