@@ -31,6 +31,8 @@ class Applier:
         Called after a ring was started, stopped, enabled or disabled, and when a frame is to be announced.
     warn
         Called with a text for people: memory of a running ring was taken away, a dirty log was too small.
+    channel_given
+        Called with the socket of a new back-end channel, which stays the session's.
 
     Notes
     -----
@@ -39,11 +41,16 @@ class Applier:
     """
 
     def __init__(
-        self, device: Device, changed: Callable[[], None] = lambda: None, warn: Callable[[str], None] = logger.warning
+        self,
+        device: Device,
+        changed: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = logger.warning,
+        channel_given: Callable[[int], None] = lambda fd: None,
     ) -> None:
         self.device = device
         self.changed = changed
         self.warn = warn
+        self.channel_given = channel_given
         self.features = 0
         self.memory: MemoryMap | None = None
         self.log: DirtyLog | None = None
@@ -228,6 +235,9 @@ class Applier:
         # The negotiation outlives a reset, and the session does not pass on a SET_FEATURES that changes nothing.
         self.device.set_features(self.features)
 
+    def _set_backend_channel(self, effect: e.SetBackendChannel) -> None:
+        self.channel_given(effect.fd)
+
     def _read_config(self, effect: e.ConfigRead) -> bytes:
         return self.device.read_config(effect.offset, effect.size)
 
@@ -254,6 +264,7 @@ class Applier:
         e.SendRarp: _send_rarp,
         e.SetStatus: _set_status,
         e.ResetDevice: _reset,
+        e.SetBackendChannel: _set_backend_channel,
         e.ConfigRead: _read_config,
         e.ConfigWrite: _write_config,
     }

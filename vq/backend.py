@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Final, Self
 
+from vq import virtio as v
 from vq.apply import Applier
+from vq.backend_channel import BackendChannel
 from vq.device import Device
 from vq.endpoint import Connector, Listener, adopt, listen
 from vq.errors import ConnectionClosed, FrontendError, PeerError, ResourceError, UsageError, VqError
@@ -99,11 +101,14 @@ class Backend:
         self._session: Session | None = None
         self._applier: Applier | None = None
         self.one_connection = False
+        self._channel: BackendChannel | None = None
+        self._config_due = False
         self._warnings = float(WARNINGS_MAX)  # that may be logged now
         self._warned_at = time.monotonic()
         self._unsaid = 0
         self._said = ("", 0.0)  # the last warning logged, and when
         self.closed = False
+        device.config_changed = self.config_changed
         self._epoll = select.epoll()
         self._timer = Timer()
         self._reaper = Reaper()
@@ -165,6 +170,10 @@ class Backend:
                     self._accept()
             elif self._connection is not None and fd == self._connection.fileno():
                 self._serve(self._connection, events)
+            elif self._channel is not None and fd == self._channel.fileno():
+                with self._channel_or_none() as channel:
+                    if not channel.receive():
+                        self.warn("the front-end has refused CONFIG_CHANGE_MSG; it may go on with the old values")
 
     def check(self) -> None:
         """End the connection if the front-end truncated memory or dirty log under us, or makes signals to it last."""
@@ -223,6 +232,14 @@ class Backend:
                 "its interface is down, or its memory is not shared; QEMU needs share=on"
             )
         return not self._told_unposted
+
+    def config_changed(self) -> None:
+        """Tell the front-end that the configuration space has changed, as soon as it can be told.
+
+        While all rings stand it is told nothing; nor is one that has negotiated no way of telling it.
+        """
+        self._config_due = self._session is not None
+        self._announce()
 
     def disconnect(self) -> None:
         """End the present connection; the back-end goes on waiting for the next."""
@@ -294,7 +311,7 @@ class Backend:
 
     def _begin(self, connection: Connection) -> None:
         self._connection = connection
-        self._applier = Applier(self.device, self._changed, self.warn)
+        self._applier = Applier(self.device, self._changed, self.warn, self._open_channel)
         self._session = Session(self.device.offer, self._applier)
         for queue in self.device.queues:
             queue.unmute()
@@ -309,7 +326,9 @@ class Backend:
         """Forget the connection and everything that came by it."""
         connection, session = self._connection, self._session
         self._connection = self._session = self._applier = None
+        self._config_due = False
         with self._reaper.active():
+            self._close_channel()
             if session is not None:
                 session.close()
                 self.device.reset()
@@ -343,6 +362,7 @@ class Backend:
                         raise FrontendError(message.name, "fds that cannot be closed", self._reaper.busy, limit)
             self._epoll.modify(connection.fileno(), select.EPOLLIN | (select.EPOLLOUT if connection.wants_write else 0))
             self.check()
+            self._announce()
         except ConnectionClosed as end:
             self._end(str(end))
         except PeerError as error:
@@ -355,3 +375,36 @@ class Backend:
             # A defect of ours or of a device's hook ends this connection, not the process.
             logger.exception("device=%s", self.device.name)
             self._end("internal error")
+
+    # -- our own requests --
+
+    def _open_channel(self, fd: int) -> None:
+        channel = BackendChannel(fd)
+        self._close_channel()
+        self._channel = channel
+        self._epoll.register(channel.fileno(), select.EPOLLIN)
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            self._epoll.unregister(self._channel.fileno())
+            self._channel.close()
+            self._channel = None
+
+    @contextmanager
+    def _channel_or_none(self) -> Iterator[BackendChannel]:
+        """Use the channel; one that fails is given up, and the connection goes on without it."""
+        assert self._channel is not None
+        try:
+            yield self._channel
+        except (VqError, OSError) as error:
+            self.warn(str(error))
+            self._close_channel()
+
+    def _announce(self) -> None:
+        session = self._session
+        if not self._config_due or session is None or session.suspended or self._channel is None:
+            return
+        self._config_due = False
+        if session.negotiated(v.VHOST_USER_PROTOCOL_F_CONFIG):
+            with self._channel_or_none() as channel:
+                channel.announce_config(need_reply=session.negotiated(v.VHOST_USER_PROTOCOL_F_REPLY_ACK))

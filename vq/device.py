@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vq.errors import FrontendError
 from vq.offer import Offer
@@ -26,6 +26,8 @@ class Device:
         Those that a healthy driver fills with buffers soon after their start; a warning says so if it does not.
     in_order : bool
         Requests are completed in order and none outlives a crash, so that a ring resumes at its used index.
+    config_changed : callable
+        The device calls it after it has changed its configuration space; its back-end tells the front-end.
 
     Notes
     -----
@@ -37,6 +39,7 @@ class Device:
     queues: Sequence[Queue]
     posted_queues: Sequence[Queue] = ()
     in_order = False
+    config_changed: Callable[[], None] = staticmethod(lambda: None)
 
     def set_features(self, features: int) -> None:
         """The front-end acknowledged these virtio features (SET_FEATURES)."""

@@ -25,6 +25,7 @@ __all__ = [
     "ResetDevice",
     "RingConfig",
     "SendRarp",
+    "SetBackendChannel",
     "SetCall",
     "SetErr",
     "SetFeatures",
@@ -237,6 +238,13 @@ class ResetDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class SetBackendChannel:
+    """The front-end has given us a socket for our own requests; it replaces the one before."""
+
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigRead:
     """Read the configuration space; `offset + size` lies inside; returns exactly `size` bytes."""
 
@@ -279,6 +287,7 @@ Effect = (
     | SendRarp
     | SetStatus
     | ResetDevice
+    | SetBackendChannel
     | ConfigRead
     | ConfigWrite
     | Kick

@@ -98,4 +98,5 @@ def set_backend_req_fd(session: Session, message: Message) -> None:
     """Keep the socket for our own requests."""
     if not os.readlink(f"/proc/self/fd/{message.fds[0]}").startswith("socket:["):
         raise FrontendError(message.name, "fd", "not a socket", "the back-end channel is a Unix socket")
+    session.apply(e.SetBackendChannel(message.fds[0]))
     session.backend_channel_fd = replace_fd(session.backend_channel_fd, message.take_fd())

@@ -353,6 +353,12 @@ def encode_request(request: int, payload: Any = None, *, need_reply: bool = Fals
     return encode(request, FRONTEND_REQUESTS[request].payload.encode(payload), flags)
 
 
+def encode_backend_request(request: int, payload: Any = None, *, need_reply: bool = False) -> bytes:
+    """Lay out a request of the back-end by the table."""
+    flags = VERSION | NEED_REPLY if need_reply else VERSION
+    return encode(request, BACKEND_REQUESTS[request].payload.encode(payload), flags)
+
+
 def encode_reply(request: int, payload: Any) -> bytes:
     """Lay out the reply that the table prescribes for a request."""
     codec = FRONTEND_REQUESTS[request].reply
