@@ -85,6 +85,22 @@ VIRTIO_NET_F_RSC_EXT: Final = 61
 VIRTIO_NET_F_STANDBY: Final = 62
 VIRTIO_NET_F_SPEED_DUPLEX: Final = 63
 
+# virtio-blk (VIRTIO 1.3, 5.2.3).
+VIRTIO_BLK_F_SIZE_MAX: Final = 1
+VIRTIO_BLK_F_SEG_MAX: Final = 2
+VIRTIO_BLK_F_GEOMETRY: Final = 4
+VIRTIO_BLK_F_RO: Final = 5
+VIRTIO_BLK_F_BLK_SIZE: Final = 6
+VIRTIO_BLK_F_FLUSH: Final = 9
+VIRTIO_BLK_F_TOPOLOGY: Final = 10
+VIRTIO_BLK_F_CONFIG_WCE: Final = 11
+VIRTIO_BLK_F_MQ: Final = 12
+VIRTIO_BLK_F_DISCARD: Final = 13
+VIRTIO_BLK_F_WRITE_ZEROES: Final = 14
+VIRTIO_BLK_F_LIFETIME: Final = 15
+VIRTIO_BLK_F_SECURE_ERASE: Final = 16
+VIRTIO_BLK_F_ZONED: Final = 17
+
 # vhost-user protocol features.
 VHOST_USER_PROTOCOL_F_MQ: Final = 0
 VHOST_USER_PROTOCOL_F_LOG_SHMFD: Final = 1
@@ -152,7 +168,7 @@ def _names(prefixes: tuple[str, ...]) -> dict[int, str]:
 
 
 _COMMON_NAMES: Final = _names(("VIRTIO_F_", "VHOST_F_", "VHOST_USER_F_"))
-_DEVICE_NAMES: Final = {DeviceId.NET: _names(("VIRTIO_NET_F_",))}
+_DEVICE_NAMES: Final = {DeviceId.NET: _names(("VIRTIO_NET_F_",)), DeviceId.BLOCK: _names(("VIRTIO_BLK_F_",))}
 _PROTOCOL_NAMES: Final = _names(("VHOST_USER_PROTOCOL_F_",))
 
 
@@ -208,3 +224,43 @@ class NetConfig(NamedTuple):
     def unpack(cls, space: bytes) -> NetConfig:
         """Read a configuration space; one shorter than the layout is filled with zeroes."""
         return cls._make(_NET_CONFIG.unpack(space[: _NET_CONFIG.size].ljust(_NET_CONFIG.size, b"\0")))
+
+
+_BLK_CONFIG: Final = struct.Struct("<QIIHBBIBBHIB1xHIIIIIB3xIII")
+VIRTIO_BLK_CONFIG_SIZE: Final = 96  # the zoned fields at the end are not served and read as zero
+VIRTIO_BLK_CONFIG_WRITEBACK: Final = 32  # offset of the only field that a driver may write
+VIRTIO_BLK_SECTOR_BYTES: Final = 512  # unit of capacity and of all sector numbers, whatever blk_size is
+
+
+class BlkConfig(NamedTuple):
+    """The virtio-blk configuration space; which field counts is a matter of the negotiated features.
+
+    Spec: VIRTIO 1.3, 5.2.4 (little-endian since VERSION_1).
+    """
+
+    capacity: int  # sectors
+    size_max: int = 0
+    seg_max: int = 0
+    cylinders: int = 0
+    heads: int = 0
+    sectors: int = 0
+    blk_size: int = VIRTIO_BLK_SECTOR_BYTES
+    physical_block_exp: int = 0
+    alignment_offset: int = 0  # logical blocks, as the two that follow
+    min_io_size: int = 0
+    opt_io_size: int = 0
+    writeback: int = 1
+    num_queues: int = 1
+    max_discard_sectors: int = 0
+    max_discard_seg: int = 0
+    discard_sector_alignment: int = 0
+    max_write_zeroes_sectors: int = 0
+    max_write_zeroes_seg: int = 0
+    write_zeroes_may_unmap: int = 0
+    max_secure_erase_sectors: int = 0
+    max_secure_erase_seg: int = 0
+    secure_erase_sector_alignment: int = 0
+
+    def pack(self) -> bytes:
+        """Lay the fields out as the driver reads them."""
+        return _BLK_CONFIG.pack(*self).ljust(VIRTIO_BLK_CONFIG_SIZE, b"\0")

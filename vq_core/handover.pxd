@@ -37,6 +37,7 @@ cdef inline void mailbox_poll(mailbox_t* mailbox) noexcept nogil:
 cdef class Mailbox:
     cdef mailbox_t box
     cdef object _lock
+    cdef long patience_s         # a worker that has not passed a burst boundary by then is stuck
 
 # Run run(target, argument) at a burst boundary of the mailbox's worker and wait for it; None runs it here.
 cdef int handover_run(Mailbox mailbox, command_run_t run, void* target, void* argument) except -1

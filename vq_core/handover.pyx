@@ -39,7 +39,7 @@ cdef bint _finished(mailbox_t* mailbox, uint32_t ticket) noexcept nogil:
     return vq_load_acquire_u32(&mailbox.done) == ticket
 
 
-cdef int _wait(mailbox_t* mailbox, uint32_t ticket) noexcept nogil:
+cdef int _wait(mailbox_t* mailbox, uint32_t ticket, long patience_s) noexcept nogil:
     """Wait until command `ticket` is done; -1 if the worker is stuck."""
     cdef timespec start, now, pause
     cdef int spins = 0
@@ -56,7 +56,7 @@ cdef int _wait(mailbox_t* mailbox, uint32_t ticket) noexcept nogil:
             continue
         c_nanosleep(&pause, NULL)     # the worker may need our core to get to its boundary
         c_clock_gettime(CLOCK_MONOTONIC, &now)
-        if now.tv_sec - start.tv_sec > PATIENCE_S:
+        if now.tv_sec - start.tv_sec > patience_s:
             return -1
     return 0
 
@@ -81,9 +81,16 @@ class StuckWorkerError(BaseException):
 
 
 cdef class Mailbox:
-    """The way to a worker: one command at a time, executed at a burst boundary."""
+    """The way to a worker: one command at a time, executed at a burst boundary.
 
-    def __cinit__(self):
+    Parameters
+    ----------
+    patience_s : int
+        Seconds that the worker may need to get there; after that it counts as stuck, and the process must end.
+    """
+
+    def __cinit__(self, long patience_s=PATIENCE_S):
+        self.patience_s = patience_s
         memset(&self.box, 0, sizeof(mailbox_t))
         self.box.epoll_fd = -1
         self.box.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -118,10 +125,10 @@ cdef int handover_run(Mailbox mailbox, command_run_t run, void* target, void* ar
         vq_fence()
         with nogil:
             notify_signal(box.event_fd)
-            status = _wait(box, box.posted)
+            status = _wait(box, box.posted, mailbox.patience_s)
             if status != 0:
                 status = _withdraw(box, box.posted)
     if status != 0:
-        raise StuckWorkerError(f"a worker has not passed a burst boundary for {PATIENCE_S} s; "
+        raise StuckWorkerError(f"a worker has not passed a burst boundary for {mailbox.patience_s} s; "
                                "a program or port blocks it")
     return 0

@@ -154,9 +154,13 @@ cdef inline int packed_look(packed_t* ring, cursor_t* cursor, virtq_desc_t* copy
 cdef inline void packed_use(packed_t* ring, cursor_t* cursor, uint16_t id, uint32_t length,
                             uint16_t slots) noexcept nogil:
     """Take the buffer at the cursor, `slots` descriptors, and note its used element for `packed_publish`."""
-    cdef uint32_t head = <uint32_t>cursor.head + slots
     ring.elements[<uint16_t>(ring.next_used + cursor.taken) & ring.mask] = \
         <uint64_t>length | <uint64_t>id << 32 | <uint64_t>slots << 48
+    packed_take(ring, cursor, slots)
+
+cdef inline void packed_take(packed_t* ring, cursor_t* cursor, uint16_t slots) noexcept nogil:
+    """Take the buffer at the cursor, `slots` descriptors."""
+    cdef uint32_t head = <uint32_t>cursor.head + slots
     if head >= ring.num:
         head -= ring.num
         cursor.flags ^= PACKED_WRAP_BITS
@@ -165,15 +169,26 @@ cdef inline void packed_use(packed_t* ring, cursor_t* cursor, uint16_t id, uint3
 
 cdef inline void packed_commit(packed_t* ring, cursor_t* cursor) noexcept nogil:
     """What the cursor has passed is taken."""
+    if cursor.taken == 0:
+        return
+    ring.chain_slots = <uint16_t>(ring.elements[<uint16_t>(ring.next_used + cursor.taken - 1) & ring.mask] >> 48)
+    packed_commit_take(ring, cursor)
+    ring.next_used = <uint16_t>(ring.next_used + cursor.taken)
+
+cdef inline void packed_commit_take(packed_t* ring, cursor_t* cursor) noexcept nogil:
+    """What the cursor has passed is taken, and none of it is used yet."""
     cdef uint16_t passed
     if cursor.taken == 0:
         return
     passed = packed_passed(ring, ring.avail_slot, cursor.head)
     ring.known = <uint16_t>(ring.known - passed) if ring.known > passed else 0
-    ring.chain_slots = <uint16_t>(ring.elements[<uint16_t>(ring.next_used + cursor.taken - 1) & ring.mask] >> 48)
     ring.avail_slot = cursor.head
     ring.avail_flags = cursor.flags
-    ring.next_used = <uint16_t>(ring.next_used + cursor.taken)
+
+cdef inline void packed_give_back(packed_t* ring, uint16_t id, uint32_t length, uint16_t slots) noexcept nogil:
+    """Note the used element of a buffer that was taken, seen after `packed_publish`."""
+    ring.elements[ring.next_used & ring.mask] = <uint64_t>length | <uint64_t>id << 32 | <uint64_t>slots << 48
+    ring.next_used += 1
 
 cdef inline uint16_t packed_position(packed_t* ring, cursor_t* cursor) noexcept nogil:
     """Where to publish to so that everything before the cursor is used."""

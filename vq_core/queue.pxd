@@ -10,11 +10,12 @@ hot path asks: started, enabled and not broken. A guest that breaks its ring mak
 thread is told by `report_fd`. Everyone else's traffic goes on.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from vq_core.arch cimport vq_load_u32
 from vq_core.counters cimport counters_t
 from vq_core.dirty cimport DirtyLog, dirty_mark, dirty_t
 from vq_core.handover cimport Mailbox, mailbox_t
 from vq_core.hold cimport hold_t
-from vq_core.memory cimport MemoryMap, memory_t, region_t
+from vq_core.memory cimport MemoryMap, memory_lost, memory_t, region_t
 from vq_core.notify cimport notify_peer, peer_t
 from vq_core.packed cimport packed_t
 from vq_core.ring cimport (ring_needs_call, ring_publish, ring_request_kick, ring_suppress_kicks, ring_t,
@@ -37,6 +38,7 @@ cdef enum:
     BROKEN_DIRECTION = 10        # no device-readable (transmitq) or no device-writable (receiveq) descriptor
     BROKEN_ID = 11               # packed: buffer id outside the ring
     BROKEN_SIGNAL = 12           # call fd that takes too long to signal
+    BROKEN_REQUEST = 13          # no whole header or no room for the status
 
 cdef struct queue_t:
     ring_t ring
@@ -126,6 +128,10 @@ cdef inline void queue_flush(queue_t* queue) noexcept nogil:
             queue_break(queue, BROKEN_SIGNAL, 0)
     else:
         queue.calls_suppressed += 1
+
+cdef inline bint queue_lost(queue_t* queue) noexcept nogil:
+    """Whether the owner truncated guest memory or dirty log under us; looked at once a burst."""
+    return memory_lost(queue.memory) or (queue.log != NULL and vq_load_u32(&queue.log.lost) != 0)
 
 # What the control thread wants changed; applied at a burst boundary.
 cdef enum:

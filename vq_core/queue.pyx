@@ -33,6 +33,7 @@ BROKEN_CAUSES = (
     ("descriptor chain without a buffer in the direction of the queue", "VIRTIO 1.3, 5.1.6"),
     ("buffer id outside queue_size", "VIRTIO 1.3, 2.8"),
     ("call descriptor takes too long to signal: too many wait for it", "vhost-user, SET_VRING_CALL"),
+    ("request without a whole header or without a byte for its status", "VIRTIO 1.3, 5.2.6"),
 )
 
 if (sizeof(virtq_desc_t), sizeof(virtq_used_elem_t), sizeof(virtq_packed_desc_t), sizeof(virtq_packed_event_t),

@@ -7,14 +7,16 @@ Both layouts know a position: how many buffers were used since some beginning, m
 """
 from libc.stdint cimport uint16_t, uint32_t
 from vq_core.cursor cimport cursor_t
-from vq_core.packed cimport (packed_ahead, packed_begin, packed_commit, packed_has_more, packed_is_full, packed_known,
+from vq_core.packed cimport (packed_ahead, packed_begin, packed_commit, packed_commit_take,
+                             packed_give_back, packed_has_more, packed_is_full, packed_known,
                              packed_look, packed_more, packed_needs_call, packed_position, packed_prefetch,
                              packed_publish, packed_ready, packed_remember, packed_request_kick,
-                             packed_suppress_kicks, packed_t, packed_undecided, packed_use)
-from vq_core.split cimport (split_ahead, split_begin, split_commit, split_has_more, split_is_full, split_known,
+                             packed_suppress_kicks, packed_t, packed_take, packed_undecided, packed_use)
+from vq_core.split cimport (split_ahead, split_begin, split_commit, split_commit_take,
+                            split_give_back, split_has_more, split_is_full, split_known,
                             split_look, split_more, split_needs_call, split_position, split_prefetch,
                             split_prefetch_used, split_publish, split_ready, split_request_kick, split_suppress_kicks,
-                            split_t, split_undecided, split_use)
+                            split_t, split_take, split_undecided, split_use)
 from vq_core.virtio cimport virtq_desc_t
 
 cdef struct ring_t:
@@ -66,6 +68,26 @@ cdef inline void ring_commit(ring_t* ring, bint packed, cursor_t* cursor) noexce
         packed_commit(&ring.packed, cursor)
     else:
         split_commit(&ring.split, cursor)
+
+# A device that completes out of order takes and gives back instead of using.
+
+cdef inline void ring_take(ring_t* ring, bint packed, cursor_t* cursor, uint16_t slots) noexcept nogil:
+    if packed:
+        packed_take(&ring.packed, cursor, slots)
+    else:
+        split_take(&ring.split, cursor, slots)
+
+cdef inline void ring_commit_take(ring_t* ring, bint packed, cursor_t* cursor) noexcept nogil:
+    if packed:
+        packed_commit_take(&ring.packed, cursor)
+    else:
+        split_commit_take(&ring.split, cursor)
+
+cdef inline void ring_give_back(ring_t* ring, bint packed, uint16_t id, uint32_t length, uint16_t slots) noexcept nogil:
+    if packed:
+        packed_give_back(&ring.packed, id, length, slots)
+    else:
+        split_give_back(&ring.split, id, length)
 
 cdef inline uint16_t ring_position(ring_t* ring, bint packed, cursor_t* cursor) noexcept nogil:
     return packed_position(&ring.packed, cursor) if packed else split_position(&ring.split, cursor)

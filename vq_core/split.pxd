@@ -9,7 +9,7 @@ packed.pxd has the same verbs for the other layout, ring.pxd chooses between the
 Owner: the worker that owns the queue; nobody else touches a split_t while its ring is started.
 
 Positions run freely modulo 2^16; a slot is position & mask. Invariants:
-    next_used - last_avail_idx  is at most 0 (we never use more than we took), and
+    next_used - last_avail_idx  is at most 0 (we never use more than we took) at the end of a burst, and
     shadow_avail_idx - last_avail_idx <= num, and
     next_head <= mask, whatever the driver says.
 """
@@ -144,6 +144,21 @@ cdef inline void split_commit(split_t* ring, cursor_t* cursor) noexcept nogil:
     ring.in_step = ring.in_order and (ring.in_step or cursor.taken > 0)
     ring.last_avail_idx = <uint16_t>(ring.last_avail_idx + cursor.taken)
     ring.next_used = <uint16_t>(ring.next_used + cursor.taken)
+
+# Out of order: what was taken is given back later, one by one, in any order.
+
+cdef inline void split_take(split_t* ring, cursor_t* cursor, uint16_t slots) noexcept nogil:
+    """Take the buffer at the cursor."""
+    cursor.taken += 1
+
+cdef inline void split_commit_take(split_t* ring, cursor_t* cursor) noexcept nogil:
+    """What the cursor has passed is taken, and none of it is used yet."""
+    ring.last_avail_idx = <uint16_t>(ring.last_avail_idx + cursor.taken)
+
+cdef inline void split_give_back(split_t* ring, uint16_t id, uint32_t length) noexcept nogil:
+    """Note the used element of a buffer that was taken, seen after `split_publish`; not with IN_ORDER."""
+    vq_store_u64(&ring.used.ring[ring.next_used & ring.mask], <uint64_t>id | <uint64_t>length << 32)
+    ring.next_used += 1
 
 cdef inline uint16_t split_position(split_t* ring, cursor_t* cursor) noexcept nogil:
     """Where to publish to so that everything before the cursor is used."""

@@ -3,10 +3,8 @@
 Owner: the worker of the endpoint; the control thread changes a pair only by hand-over.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
-from vq_core.arch cimport vq_load_u32
-from vq_core.memory cimport memory_lost
 from vq_core.port cimport endpoint_t
-from vq_core.queue cimport BROKEN_AVAIL_IDX, BROKEN_ID, BROKEN_MEMORY_LOST, queue_break, queue_t
+from vq_core.queue cimport BROKEN_AVAIL_IDX, BROKEN_ID, BROKEN_MEMORY_LOST, queue_break, queue_lost, queue_t
 
 cdef enum:
     RARP_BYTES = 60
@@ -31,7 +29,7 @@ cdef struct pair_t:
 
 cdef inline bint pair_lost(queue_t* queue) noexcept nogil:
     """Whether the owner truncated guest memory or dirty log under us; looked at once a burst."""
-    return memory_lost(queue.memory) or (queue.log != NULL and vq_load_u32(&queue.log.lost) != 0)
+    return queue_lost(queue)
 
 cdef inline void pair_no_entries(queue_t* queue, int available) noexcept nogil:
     """Nothing to take: break the queue if the index is impossible, or reads as zero since its memory is gone."""

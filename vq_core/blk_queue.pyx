@@ -1,0 +1,116 @@
+"""Requests between a ring and the pool."""
+from vq_core.blk_request cimport (VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, blk_begin,
+                                  blk_finish, blk_parse, blk_request_t)
+from vq_core.chain cimport chain_begin, chain_t
+from vq_core.cursor cimport cursor_t
+from vq_core.pool cimport pool_submit
+from vq_core.queue cimport (BROKEN_AVAIL_IDX, BROKEN_HEAD, BROKEN_ID, BROKEN_MEMORY_LOST, queue_break,
+                            queue_flush, queue_lost, queue_publish, queue_request_kick, queue_suppress_kicks, queue_t)
+from vq_core.ring cimport (ring_begin, ring_commit_take, ring_give_back, ring_has_more, ring_known, ring_look,
+                           ring_next_used, ring_shadow_used, ring_t, ring_take)
+from vq_core.virtio cimport virtq_desc_t
+
+
+cdef inline int _room(blk_queue_t* queue) noexcept nogil:
+    """How many requests may be taken now."""
+    return min(BLK_BURST, min(BLK_REQUESTS_MAX, <int>queue.queue.ring.num) - queue.in_flight)
+
+
+cdef inline void _count(blk_queue_t* queue, blk_request_t* request) noexcept nogil:
+    cdef bint done = request.result == VIRTIO_BLK_S_OK
+    if not done:
+        queue.counters.failed += 1
+    if request.type == VIRTIO_BLK_T_IN:
+        queue.counters.reads += 1
+        if done:
+            queue.counters.read_bytes += request.writable_bytes
+    elif request.type == VIRTIO_BLK_T_OUT:
+        queue.counters.writes += 1
+        if done:
+            queue.counters.written_bytes += request.readable_bytes
+    elif request.type == VIRTIO_BLK_T_FLUSH:
+        queue.counters.flushes += 1
+    else:
+        queue.counters.others += 1
+
+
+cdef void blk_give_back(blk_queue_t* queue, blk_request_t* request) noexcept nogil:
+    ring_give_back(&queue.queue.ring, queue.queue.ring.is_packed, request.id, blk_finish(request, queue.queue),
+                   request.slots)
+    _count(queue, request)
+    request.job.next = &queue.free.job if queue.free != NULL else NULL
+    queue.free = request
+
+
+cdef void blk_publish(blk_queue_t* queue) noexcept nogil:
+    cdef ring_t* ring = &queue.queue.ring
+    cdef bint packed = ring.is_packed
+    if queue.queue.started and ring_next_used(ring, packed) != ring_shadow_used(ring, packed):
+        queue_publish(queue.queue, packed, ring_next_used(ring, packed))
+        queue_flush(queue.queue)
+
+
+cdef inline int _take(blk_queue_t* blk, bint packed) noexcept nogil:
+    """Take from a live ring; `packed` is a literal."""
+    cdef queue_t* queue = blk.queue
+    cdef ring_t* ring = &queue.ring
+    cdef blk_request_t* request
+    cdef virtq_desc_t descriptor
+    cdef cursor_t cursor
+    cdef chain_t chain
+    cdef int room = _room(blk), available, status
+    if room <= 0:
+        return 0
+    available = ring_begin(ring, packed, &cursor, room)
+    if queue_lost(queue):
+        queue_break(queue, BROKEN_MEMORY_LOST, 0)
+        return 0
+    if available < 0:
+        queue_break(queue, BROKEN_AVAIL_IDX, ring.split.bad_head)
+    if available <= 0:
+        return 0
+    queue_suppress_kicks(queue, packed)
+    available = min(available, room)
+    while <int>cursor.taken < available:
+        status = ring_look(ring, packed, &cursor, &descriptor)
+        if status < 0:
+            queue_break(queue, BROKEN_HEAD, ring.split.bad_head)
+        if status <= 0:
+            break
+        chain_begin(&chain, queue, cursor.head, &descriptor)
+        request = blk.free
+        if blk_parse(request, queue, &chain) < 0:
+            break
+        if packed and chain.id >= ring.num:
+            queue_break(queue, BROKEN_ID, chain.id)
+            break
+        blk.free = <blk_request_t*>request.job.next
+        ring_take(ring, packed, &cursor, chain.slots)
+        if blk_begin(request):
+            blk_give_back(blk, request)
+        else:
+            blk.in_flight += 1
+            blk.counters.waited += 1
+            pool_submit(blk.pool, &request.job)
+    ring_commit_take(ring, packed, &cursor)
+    return cursor.taken
+
+
+cdef int blk_take(blk_queue_t* queue) noexcept nogil:
+    if not queue.queue.live:
+        return 0                 # of a disabled ring nothing is taken: no request can be done without an effect
+    if queue.queue.ring.is_packed:
+        return _take(queue, True)
+    return _take(queue, False)
+
+
+cdef bint blk_arm(blk_queue_t* queue) noexcept nogil:
+    cdef ring_t* ring = &queue.queue.ring
+    cdef bint packed = ring.is_packed
+    if not queue.queue.live or _room(queue) <= 0:
+        return False             # what is under way wakes us when it is done
+    if ring_known(ring, packed) > 0:
+        return True
+    queue_request_kick(queue.queue)
+    # Also for an impossible index, or when memory was lost: taking breaks the ring.
+    return ring_has_more(ring, packed) or queue_lost(queue.queue)

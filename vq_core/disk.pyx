@@ -1,0 +1,236 @@
+"""Reading and writing what a block device is made of."""
+from libc.errno cimport EAGAIN, EINTR, EIO, EOPNOTSUPP, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+from posix.uio cimport RWF_DSYNC, RWF_NOWAIT, iovec, preadv2, pwritev2
+from vq_core.arch cimport vq_load_u32, vq_load_u64, vq_store_release_u32, vq_store_u64
+
+import fcntl
+import os
+import stat
+import struct
+
+cdef extern from "<unistd.h>" nogil:
+    int c_fdatasync "fdatasync"(int fd) noexcept
+
+cdef extern from "<fcntl.h>" nogil:
+    int c_fallocate "fallocate"(int fd, int mode, long offset, long length) noexcept
+
+cdef extern from "<linux/falloc.h>" nogil:
+    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+
+cdef extern from "<sys/vfs.h>" nogil:
+    cdef struct c_statfs "statfs":
+        long f_type
+    int c_fstatfs "fstatfs"(int fd, c_statfs* buf) noexcept
+
+cdef enum:
+    ZEROES_BYTES = 65536
+    TMPFS_MAGIC = 0x01021994
+    BLKSSZGET = 0x1268
+    BLKPBSZGET = 0x127b
+
+cdef uint8_t _zeroes[ZEROES_BYTES]
+
+
+cdef int _transfer(disk_t* disk, bint write, iovec* parts, int count, uint64_t offset, uint64_t length,
+                   int flags) noexcept nogil:
+    """Move `length` bytes, which `parts` have room for; with RWF_NOWAIT all at once, or EAGAIN."""
+    cdef uint64_t done = 0, skip = 0
+    cdef ssize_t moved
+    cdef iovec rest
+    cdef iovec* at
+    cdef int left
+    while done < length:
+        at, left = parts, count
+        if skip:                 # in the middle of a part: the rest of it by itself
+            rest.iov_base = <char*>parts.iov_base + skip
+            rest.iov_len = parts.iov_len - skip
+            at, left = &rest, 1
+        if write:
+            moved = pwritev2(disk.fd, at, left, <long>(offset + done), flags)
+        else:
+            moved = preadv2(disk.fd, at, left, <long>(offset + done), flags)
+        if moved < 0:
+            if errno == EINTR:
+                continue
+            return errno
+        if <uint64_t>moved < length - done:
+            if flags & RWF_NOWAIT:
+                return EAGAIN
+            if moved == 0:
+                return EIO       # the file ends before its disk: somebody has truncated it
+        done += <uint64_t>moved
+        skip += <uint64_t>moved
+        while count > 0 and skip >= parts.iov_len:
+            skip -= parts.iov_len
+            parts += 1
+            count -= 1
+    return 0
+
+
+cdef int disk_read(disk_t* disk, iovec* parts, int count, uint64_t offset, uint64_t length, int flags) noexcept nogil:
+    cdef int i
+    if disk.fd < 0:
+        for i in range(count):
+            memset(parts[i].iov_base, 0, parts[i].iov_len)
+        return 0
+    return _transfer(disk, False, parts, count, offset, length, flags)
+
+
+cdef int disk_write(disk_t* disk, iovec* parts, int count, uint64_t offset, uint64_t length, int flags) noexcept nogil:
+    if disk.fd < 0:
+        return 0
+    if vq_load_u32(&disk.stable) and not disk.ready:
+        flags |= RWF_DSYNC
+    return _transfer(disk, True, parts, count, offset, length, flags)
+
+
+cdef int disk_flush(disk_t* disk) noexcept nogil:
+    if disk.fd < 0 or disk.read_only or c_fdatasync(disk.fd) == 0:
+        return 0
+    return errno
+
+
+cdef int disk_discard(disk_t* disk, uint64_t offset, uint64_t length) noexcept nogil:
+    if disk.fd < 0 or c_fallocate(disk.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long>offset,
+                                  <long>length) == 0:
+        return 0
+    return 0 if errno == EOPNOTSUPP else errno
+
+
+cdef int _fill(disk_t* disk, uint64_t offset, uint64_t length) noexcept nogil:
+    """Write zeroes where nothing shorter is known."""
+    cdef iovec part
+    cdef int error
+    while length > 0:
+        part.iov_base = _zeroes
+        part.iov_len = min(length, <uint64_t>ZEROES_BYTES)
+        error = _transfer(disk, True, &part, 1, offset, part.iov_len, 0)
+        if error:
+            return error
+        offset += part.iov_len
+        length -= part.iov_len
+    return 0
+
+
+cdef int disk_write_zeroes(disk_t* disk, uint64_t offset, uint64_t length, bint unmap) noexcept nogil:
+    cdef int error = 0
+    if disk.fd < 0:
+        return 0
+    if not (unmap and c_fallocate(disk.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long>offset,
+                                  <long>length) == 0):
+        if c_fallocate(disk.fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, <long>offset, <long>length) != 0:
+            if errno != EOPNOTSUPP:
+                return errno
+            error = _fill(disk, offset, length)
+    if error == 0 and vq_load_u32(&disk.stable):
+        error = disk_flush(disk)
+    return error
+
+
+cdef class Disk:
+    """A file or block device that guests see as a disk.
+
+    Parameters
+    ----------
+    path : str or None
+        A regular file or a block device; None is the null disk, which reads as zeroes and forgets what is written.
+    read_only : bool
+        Nothing is ever written.
+    size : int, optional
+        Bytes of a null disk.
+
+    Attributes
+    ----------
+    path : str
+    block_bytes, physical_block_bytes : int
+        What the medium reads and writes at once: as it says, and as it does.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened.
+    ValueError
+        It is neither a regular file nor a block device.
+
+    Notes
+    -----
+    Threading: the data plane uses a disk from any thread; everything here is for the control thread.
+    """
+
+    def __cinit__(self, path, bint read_only=False, size=0):
+        cdef c_statfs info
+        self.disk.fd = -1
+        self.disk.read_only = read_only
+        self.disk.ready = path is None
+        self.block_bytes = self.physical_block_bytes = SECTOR_BYTES
+        self.path = "null" if path is None else os.fspath(path)
+        self.disk.capacity = size // SECTOR_BYTES
+        self.set_id(os.path.basename(self.path))
+        if path is None:
+            return
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        # O_NONBLOCK, so that a FIFO of that name does not hold us up; files and block devices do not care.
+        self.disk.fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        kind = os.fstat(self.disk.fd)
+        if stat.S_ISBLK(kind.st_mode):
+            (self.block_bytes,) = struct.unpack("I", fcntl.ioctl(self.disk.fd, BLKSSZGET, bytes(4)))
+            (self.physical_block_bytes,) = struct.unpack("I", fcntl.ioctl(self.disk.fd, BLKPBSZGET, bytes(4)))
+        elif stat.S_ISREG(kind.st_mode):
+            self.physical_block_bytes = max(SECTOR_BYTES, min(kind.st_blksize, 65536))
+        else:
+            raise ValueError(f"{self.path}: neither a regular file nor a block device")
+        if c_fstatfs(self.disk.fd, &info) == 0:
+            self.disk.ready = info.f_type == TMPFS_MAGIC
+        self.measure()
+
+    def __dealloc__(self):
+        self.close()
+
+    def close(self):
+        """Close the file, when no request is under way any more; may be called twice."""
+        if self.disk.fd >= 0:
+            os.close(self.disk.fd)
+            self.disk.fd = -1
+            self.disk.capacity = 0
+
+    @property
+    def capacity(self):
+        """int: sectors of 512 bytes."""
+        return vq_load_u64(&self.disk.capacity)
+
+    @property
+    def read_only(self):
+        """bool"""
+        return bool(self.disk.read_only)
+
+    def measure(self):
+        """Look how long the file is now; whether that has changed the capacity.
+
+        Requests beyond the new end fail from here on.
+        """
+        if self.disk.fd < 0:
+            return False
+        capacity = os.lseek(self.disk.fd, 0, os.SEEK_END) // SECTOR_BYTES
+        changed = capacity != self.capacity
+        vq_store_u64(&self.disk.capacity, capacity)
+        return changed
+
+    def set_id(self, text):
+        """Set what GET_ID answers: up to 20 bytes."""
+        cdef int i
+        data = os.fsencode(text)[:DISK_ID_BYTES]
+        for i in range(DISK_ID_BYTES):
+            self.disk.id[i] = data[i] if i < len(data) else 0
+
+    def set_stable(self, bint stable):
+        """Whether each write must have reached the medium before it is acknowledged (no write cache).
+
+        What was acknowledged before is brought there now.
+        """
+        if stable and not self.disk.stable:
+            vq_store_release_u32(&self.disk.stable, 1)
+            disk_flush(&self.disk)
+        elif not stable:
+            vq_store_release_u32(&self.disk.stable, 0)
