@@ -19,7 +19,7 @@ from vq.apply import Applier
 from vq.backend_channel import BackendChannel
 from vq.device import Device
 from vq.endpoint import Connector, Listener, adopt, listen
-from vq.errors import ConnectionClosed, FrontendError, PeerError, ResourceError, UsageError, VqError
+from vq.errors import ConnectionClosed, FrontendError, GuestError, PeerError, ResourceError, UsageError, VqError
 from vq.reaper import Reaper
 from vq.session import Session
 from vq.transport import Connection
@@ -207,6 +207,15 @@ class Backend:
         more = f" unsaid={self._unsaid}" if self._unsaid else ""
         self._unsaid = 0
         logger.warning("device=%s error=%r%s", self.device.name, text, more)
+
+    def report(self) -> None:
+        """Say which queues have been broken by their driver, and end a connection that cannot go on."""
+        for queue in self.device.queues:
+            report = queue.poll_report()
+            if report is not None:
+                head, cause, section = report
+                self.warn(str(GuestError(queue.index, head, f"({queue.name}) {cause}", section)))
+        self.check()
 
     def watch(self) -> bool:
         """Warn once of a connection that runs and whose guest has posted no receive buffer for a while.

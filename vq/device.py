@@ -26,6 +26,8 @@ class Device:
         Those that a healthy driver fills with buffers soon after their start; a warning says so if it does not.
     in_order : bool
         Requests are completed in order and none outlives a crash, so that a ring resumes at its used index.
+    report_fd : int or None
+        Eventfd that is readable when a queue has been broken by its driver; who hosts the device waits for it.
     config_changed : callable
         The device calls it after it has changed its configuration space; its back-end tells the front-end.
 
@@ -39,7 +41,14 @@ class Device:
     queues: Sequence[Queue]
     posted_queues: Sequence[Queue] = ()
     in_order = False
+    report_fd: int | None = None
     config_changed: Callable[[], None] = staticmethod(lambda: None)
+
+    def start(self) -> None:
+        """Begin to serve the queues; called once, before any front-end comes."""
+
+    def close(self) -> None:
+        """Release everything, after the last connection has ended; may be called twice."""
 
     def set_features(self, features: int) -> None:
         """The front-end acknowledged these virtio features (SET_FEATURES)."""

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vq.backend import Backend
-from vq.errors import GuestError, UsageError
+from vq.errors import UsageError
 from vq.groups import PortArgument, parse_groups
 from vq.limits import ensure_open_files
 from vq.open_port import OpenPort, descriptors, open_port
@@ -259,12 +259,7 @@ class Pump:
         """Say which guests broke a queue, end connections that cannot go on, and plan without what is done."""
         self._replan = True
         for backend in self._visited:
-            for queue in backend.device.queues:
-                report = queue.poll_report()
-                if report is not None:
-                    head, cause, section = report
-                    backend.warn(str(GuestError(queue.index, head, f"({queue.name}) {cause}", section)))
-            backend.check()
+            backend.report()
 
     def _drained(self) -> bool:
         before = [port.port.snapshot() for port in self.ports]

@@ -8,6 +8,9 @@ from vq_core.pool import Pool
 from vq_core.queue import Queue
 
 class BlkWorker:
+    RANGES_MAX: int
+    DISCARD_SECTORS_MAX: int
+    WRITE_ZEROES_SECTORS_MAX: int
     disk: Disk
     queues: tuple[Queue, ...]
     pool: Pool

@@ -5,7 +5,8 @@ from libc.stdlib cimport calloc, free
 from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
 from vq_core.blk_queue cimport (BLK_REQUESTS_MAX, blk_arm, blk_counters_t, blk_give_back, blk_publish, blk_queue_t,
                                 blk_take)
-from vq_core.blk_request cimport blk_request_t
+from vq_core.blk_request cimport (BLK_DISCARD_SECTORS_MAX, BLK_RANGES_MAX, BLK_WRITE_ZEROES_SECTORS_MAX,
+                                  blk_request_t)
 from vq_core.clock cimport timespec
 from vq_core.disk cimport Disk
 from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
@@ -127,6 +128,11 @@ cdef class BlkWorker:
     -----
     Threading: `run` blocks without the GIL until `stop`. All else is for the control thread.
     """
+
+    #: Limits of a request, for the configuration space.
+    RANGES_MAX = BLK_RANGES_MAX
+    DISCARD_SECTORS_MAX = BLK_DISCARD_SECTORS_MAX
+    WRITE_ZEROES_SECTORS_MAX = BLK_WRITE_ZEROES_SECTORS_MAX
 
     def __cinit__(self, Disk disk not None, queues, cpu=None, poll="adaptive"):
         cdef int i, j

@@ -231,6 +231,7 @@ cdef class Disk:
         """
         if stable and not self.disk.stable:
             vq_store_release_u32(&self.disk.stable, 1)
-            disk_flush(&self.disk)
+            with nogil:
+                disk_flush(&self.disk)
         elif not stable:
             vq_store_release_u32(&self.disk.stable, 0)

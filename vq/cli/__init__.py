@@ -39,7 +39,7 @@ USAGE: Final = 2
 PEER: Final = 3
 RESOURCE: Final = 4
 INTERRUPTED: Final = 128 + 2  # what shells expect of a program that SIGINT ended
-COMMANDS: Final = ("pump", "demo", "bench", "check", "qemu", "libvirt")
+COMMANDS: Final = ("pump", "blk", "demo", "bench", "check", "qemu", "libvirt")
 UNREAD: Final = 128 + 13  # and SIGPIPE
 
 # One line a paragraph: the terminal wraps them.
@@ -60,6 +60,7 @@ def make_app() -> App:
     from vq.cli.bench import bench_app
     from vq.cli.check import HELP as CHECK_HELP
     from vq.cli.check import check
+    from vq.cli.blk import blk
     from vq.cli.demo import HELP, demo
     from vq.cli.libvirt import HELP as LIBVIRT_HELP
     from vq.cli.libvirt import libvirt
@@ -69,12 +70,13 @@ def make_app() -> App:
 
     app = App(
         name="vq",
-        help="vhost-user back-ends: network ports for virtual machines in user space.",
+        help="vhost-user back-ends: network ports and disks for virtual machines in user space.",
         help_epilogue=EPILOGUE,
         help_format="plaintext",
         version=__version__,
     )
     app.command(pump, usage="Usage: vq pump PORT... [OPTIONS]", help_epilogue=epilogue())
+    app.command(blk, usage="Usage: vq blk [OPTIONS]", help_epilogue="")
     app.command(demo, usage="Usage: vq demo [OPTIONS]", help=HELP, help_epilogue="")
     app.command(bench_app())
     app.command(check, usage="Usage: vq check SOCKET [OPTIONS]", help=CHECK_HELP, help_epilogue="")

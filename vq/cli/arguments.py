@@ -12,9 +12,11 @@ from cyclopts import Parameter, Token
 
 from vq.errors import UsageError
 
-__all__ = ["Whole", "parse_cpus", "positive_seconds"]
+__all__ = ["Whole", "parse_bytes", "parse_cpus", "positive_seconds"]
 
 CPU_MAX: Final = 8191  # NR_CPUS of the largest kernels
+SIZE: Final = re.compile(r"([0-9]+)([KMGT]?)")
+SIZE_MAX: Final = 1 << 62
 WHOLE: Final = re.compile(r"[+-]?[0-9]+")
 
 
@@ -51,6 +53,17 @@ def parse_cpus(text: str | None) -> list[int] | None:
             known = ",".join(map(str, sorted(usable)))
             raise UsageError(f"--cpu {text}: processor {cpu} is not usable here; usable are {known}")
     return cpus
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """Read a size such as ``4096``, ``64M`` or ``2G``; K, M, G and T are powers of 1024."""
+    match = SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{name} {text}: write a number of bytes, or one with K, M, G or T, such as 16G")
+    size = int(match[1]) << 10 * " KMGT".index(match[2] or " ")
+    if not 512 <= size <= SIZE_MAX:
+        raise UsageError(f"{name} {text}: a disk has 512 bytes to {SIZE_MAX >> 40}T")
+    return size
 
 
 def positive_seconds(name: str, value: float | None) -> float | None:

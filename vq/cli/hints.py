@@ -9,7 +9,25 @@ from vq.cli.guest_options import Link, socket_path
 from vq.cli.qemu import qemu_options
 from vq.ports import PortSpec
 
-__all__ = ["describe"]
+__all__ = ["describe", "qemu_blk_options"]
+
+
+def qemu_blk_options(path: str, queues: int) -> str:
+    """The QEMU options that give a guest the disk behind a socket.
+
+    Parameters
+    ----------
+    path
+        The socket.
+    queues
+        Request queues that the back-end offers.
+    """
+    words = [
+        "-object", "memory-backend-memfd,id=vqmem,size=1G,share=on", "-machine", "memory-backend=vqmem", "-m", "1G",
+        "-chardev", f"socket,id=vqblk,path={path.replace(',', ',,')},reconnect-ms=1000",
+        "-device", f"vhost-user-blk-pci,chardev=vqblk,num-queues={queues}",
+    ]  # fmt: skip
+    return shlex.join(words)
 
 
 def describe(specs: Sequence[PortSpec]) -> list[str]:

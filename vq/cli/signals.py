@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-__all__ = ["AskedTwice", "Ending", "ending_signals"]
+__all__ = ["AskedTwice", "Ending", "ending_signals", "handling"]
 
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_S: Final = 0.5
@@ -58,3 +58,13 @@ def ending_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def handling(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give one signal to `handler`."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

@@ -1,0 +1,126 @@
+"""``vq blk``: a file or block device as a guest's disk."""
+
+from __future__ import annotations
+
+import json as json_module
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from vq.cli import logs
+from vq.cli.arguments import Whole, parse_bytes, parse_cpus
+from vq.cli.hints import qemu_blk_options
+from vq.cli.output import check_output
+from vq.cli.signals import Ending, ending_signals, handling
+from vq.errors import ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from vq_core.disk import Disk
+
+__all__ = ["blk"]
+
+# vhost-user, "Back-end program conventions": what a manager of virtual machines asks for before it starts us.
+CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
+
+
+def blk(
+    *,
+    socket_path: Annotated[str | None, Parameter(help="Listen on this socket.")] = None,
+    fd: Annotated[Whole | None, Parameter(help="Use this inherited socket, listening or connected.")] = None,
+    blk_file: Annotated[str | None, Parameter(help="File or block device with the disk's data.")] = None,
+    null: Annotated[
+        str | None,
+        Parameter(help="Instead of a file: a disk of this size (such as 16G) that reads as zeroes and keeps nothing."),
+    ] = None,
+    read_only: Annotated[bool, Parameter(negative="", show_default=False, help="Nothing is ever written.")] = False,
+    serial: Annotated[str | None, Parameter(help="Serial number, up to 20 bytes. Default: the file's name.")] = None,
+    queues: Annotated[Whole, Parameter(help="Request queues, 1 to 256; give a guest one for each processor.")] = 4,
+    cpu: Annotated[
+        str | None, Parameter(help="Processors, such as 0,2-3; a worker for each. Default: one worker.")
+    ] = None,
+    poll: Annotated[
+        Literal["adaptive", "busy"], Parameter(help="Sleep when there is nothing to do, or never.")
+    ] = "adaptive",
+    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print counters as JSON at the end.")] = False,
+    print_capabilities: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print what this program can do as JSON, and end.")
+    ] = False,
+    verbose: Annotated[
+        int,
+        Parameter(
+            name=["--verbose", "-v"], count=True, show_default=False, help="Log connections; twice: messages."
+        ),
+    ] = 0,
+) -> int:
+    """Give a file or block device to a guest as its disk, over vhost-user-blk.
+
+    On SIGHUP the length of the file is looked at again, and a running guest is told if it has changed.
+    """
+    if print_capabilities:
+        with check_output():
+            print(json_module.dumps(CAPABILITIES), flush=True)
+        return 0
+    if (socket_path is None) == (fd is None):
+        raise UsageError("name one of --socket-path PATH and --fd N")
+    cpus = parse_cpus(cpu)
+    logs.configure(verbose)
+    disk = _open(blk_file, null, read_only)
+    if serial is not None:
+        disk.set_id(serial)
+    from vq.devices.blk import BlkDevice
+    from vq.serve import Server
+
+    try:
+        device = BlkDevice(disk, queues=queues, cpus=cpus, poll=poll)
+    except BaseException:
+        disk.close()
+        raise
+    ending = Ending()
+    with Server(device, path=socket_path, fd=fd) as server:
+
+        def end(number: int, frame: FrameType | None) -> None:
+            ending(number, frame)
+            server.request_stop()
+
+        def look_again(number: int, frame: FrameType | None) -> None:
+            server.call(device.resize)
+
+        with ending_signals(end), handling(signal.SIGHUP, look_again):
+            if not json:
+                with check_output():
+                    where = f"listens on {socket_path}" if socket_path is not None else f"uses descriptor {fd}"
+                    size = disk.capacity * 512
+                    print(f"blk: {where}, {disk.path}, {size} bytes, {queues} queues", flush=True)
+                    if socket_path is not None:
+                        print(f"  QEMU: {qemu_blk_options(socket_path, queues)}", flush=True)
+            server.run()
+        snapshot = device.snapshot()
+    if json:
+        with check_output():
+            print(json_module.dumps(snapshot), flush=True)
+    return 0
+
+
+def _open(path: str | None, null: str | None, read_only: bool) -> Disk:
+    """Open the disk that was named."""
+    from vq_core.disk import Disk
+
+    if (path is None) == (null is None):
+        raise UsageError("name one of --blk-file PATH and --null SIZE")
+    if null is not None:
+        size = parse_bytes("--null", null)
+        return Disk(None, read_only, size=size)
+    assert path is not None
+    try:
+        disk = Disk(path, read_only)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        remedy = "" if read_only else "with --read-only it need not be writable"
+        raise ResourceError("cannot open", errno=error.errno or 0, path=path, remedy=remedy) from error
+    if disk.capacity == 0:
+        disk.close()
+        raise UsageError(f"{path}: shorter than a sector of 512 bytes; make it longer, as with truncate -s 1G {path}")
+    return disk

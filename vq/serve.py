@@ -1,0 +1,120 @@
+"""Hosting one device: its back-end, its threads, and the loop that serves both until somebody asks for the end."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from vq.backend import Backend
+from vq.device import Device
+from vq.errors import UsageError
+
+__all__ = ["Server"]
+
+
+class Server:
+    """One device behind one socket, with a loop of its own; the device is closed with it.
+
+    Parameters
+    ----------
+    device
+        It is started before the first front-end comes.
+    path, client, fd, mode
+        As for `vq.backend.Backend`.
+
+    Raises
+    ------
+    UsageError, ResourceError
+        The socket cannot be made; the device is closed then.
+
+    Notes
+    -----
+    Threading: one control thread; `request_stop` and `call` may come from any thread and from signal handlers.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        path: str | None = None,
+        client: bool = False,
+        fd: int | None = None,
+        mode: int | None = None,
+    ) -> None:
+        self.device = device
+        self.backend: Backend | None = None
+        self._stopping = False
+        self._closed = False
+        self._calls: list[Callable[[], object]] = []
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            self.device.start()
+            self.backend = Backend(device, path=path, client=client, fd=fd, mode=mode)
+            for watched in (self._wake_fd, self.backend.fileno(), device.report_fd):
+                if watched is not None:
+                    self._epoll.register(watched, select.EPOLLIN)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the connection, stop the device's threads, release everything; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.backend is not None:
+            self.backend.close()
+        self.device.close()
+        self._epoll.close()
+        os.close(self._wake_fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def request_stop(self) -> None:
+        """Make `run` return soon."""
+        self._stopping = True
+        self._wake()
+
+    def call(self, action: Callable[[], object]) -> None:
+        """Have `run` call this in the control thread, soon."""
+        self._calls.append(action)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._closed:
+            os.eventfd_write(self._wake_fd, 1)
+
+    def run(self, duration: float | None = None) -> None:
+        """Serve until `request_stop`, the end of `duration` seconds, or the end of an inherited connection."""
+        if self._closed or self.backend is None:
+            raise UsageError("the server was closed; make a new one")
+        end = None if duration is None else time.monotonic() + duration
+        while not self._stopping and self.backend.state != "closed":
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            self.dispatch(left)
+
+    def dispatch(self, timeout: float | None = 0.0) -> None:
+        """Wait up to `timeout` seconds (None: until something comes) and serve what is there."""
+        assert self.backend is not None
+        for fd, _ in self._epoll.poll(-1 if timeout is None else timeout):
+            if fd == self.backend.fileno():
+                self.backend.dispatch()
+                continue
+            os.eventfd_read(fd)
+            if fd == self.device.report_fd:
+                self.backend.report()
+        while self._calls:
+            self._calls.pop(0)()
