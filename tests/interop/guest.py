@@ -33,6 +33,13 @@ def _reconnect() -> str:
     return "reconnect-ms=100" if (int(match[1]), int(match[2])) >= (9, 2) else "reconnect=1"
 
 
+def shared_words(sock: Path, *, server: bool = False) -> list[str]:
+    """QEMU's options for memory that is shared with a back-end, and for the way to it."""
+    role = "server=on" if server else _reconnect()
+    words = ["-m", "192M", "-object", "memory-backend-memfd,id=m,size=192M,share=on", "-machine", "memory-backend=m"]
+    return [*words, "-chardev", f"socket,id=c0,path={sock},{role}"]
+
+
 class Guest(Station):
     """One guest with one vhost-user network device.
 
@@ -96,11 +103,7 @@ class Guest(Station):
 
     def _net(self, device: Mapping[str, Any], server: bool, queues: int) -> list[str]:
         """Memory that is shared with the back-end, and the network device."""
-        role = "server=on" if server else _reconnect()
-        words = ["-m", "192M", "-object", "memory-backend-memfd,id=m,size=192M,share=on"]
-        words += ["-machine", "memory-backend=m"]
-        words += ["-chardev", f"socket,id=c0,path={self._sock},{role}"]
-        words += ["-netdev", f"vhost-user,id=n0,chardev=c0,queues={queues}"]
+        words = [*shared_words(self._sock, server=server), "-netdev", f"vhost-user,id=n0,chardev=c0,queues={queues}"]
         return [*words, "-device", "virtio-net-pci," + ",".join(f"{key}={value}" for key, value in device.items())]
 
     def _command(self, cpus: int) -> list[str]:
@@ -237,3 +240,30 @@ class Guest(Station):
     def console(self) -> str:
         """Give the end of the guest's console."""
         return self.console_path.read_text(errors="replace")[-3000:] if self.console_path.exists() else ""
+
+
+class DiskGuest(Guest):
+    """One guest with one vhost-user block device, ``/dev/vda``; QEMU connects to the back-end.
+
+    Parameters
+    ----------
+    sock, scratch, cpus
+        As for `Guest`.
+    queues : int
+        Request queues.
+    properties : mapping, optional
+        Properties of vhost-user-blk-pci, such as ``packed: "on"``.
+    """
+
+    def __init__(
+        self,
+        sock: Path,
+        scratch: Path,
+        *,
+        queues: int = 1,
+        properties: Mapping[str, str | int] | None = None,
+        cpus: int = 1,
+    ) -> None:
+        device = {"chardev": "c0", "num-queues": queues, "bootindex": 1, **(properties or {})}
+        words = ["-device", "vhost-user-blk-pci," + ",".join(f"{key}={value}" for key, value in device.items())]
+        super().__init__(sock, scratch, cpus=cpus, options=[*shared_words(sock), *words])

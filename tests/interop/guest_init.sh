@@ -7,7 +7,7 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 # The first root holds no more than half of the memory; what the tests send and receive needs more.
 mount -t tmpfs -o size=100m tmp /tmp
-for module in virtio_pci virtio_console virtio_net; do
+for module in virtio_pci virtio_console virtio_net virtio_blk; do
     modprobe "$module" || echo "init: no module $module" >/dev/console
 done
 ip link set lo up

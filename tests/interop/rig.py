@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from interop import requirements
 from interop.backend import BACKENDS, Backend
-from interop.guest import Guest
+from interop.guest import DiskGuest, Guest
 from interop.host import Host
+from interop.process import Child, wait_until
 from interop.testpmd import Testpmd
 
 FACTS: list[tuple[str, str]] = []  # what tests measured, for the end of the run
@@ -59,6 +61,22 @@ class Rig:
         guest = Guest(sock, self.scratch, **more)
         self._ends.append(guest.close)
         return guest.wait_booted() if boot else guest
+
+    def disk_guest(self, sock: Path, **more: Any) -> DiskGuest:
+        """Start a guest with a disk, and wait until it has booted."""
+        requirements.need("guest")
+        guest = DiskGuest(sock, self.scratch, **more)
+        self._ends.append(guest.close)
+        guest.wait_booted()
+        return guest
+
+    def disk(self, path: Path, *words: str) -> Child:
+        """Start ``vq blk`` on a file, and wait until it listens."""
+        command = [sys.executable, "-m", "vq", "blk", "--socket-path", str(self.sock()), "--blk-file", str(path)]
+        child = Child("blk", [*command, *words], self.scratch)
+        self._ends.append(child.kill)
+        wait_until("vq blk listens", lambda: self.sock().exists() or not child.running, 20, [child])
+        return child
 
     def testpmd(self, name: str, *vdevs: str, **more: Any) -> Testpmd:
         """Start DPDK as front-end, and wait for its prompt."""

@@ -1,0 +1,100 @@
+"""A QEMU guest on ``vq blk``: what it sees of the disk, and that every byte arrives on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from interop.guest import DiskGuest
+from interop.process import Child, wait_until
+from interop.rig import Rig
+
+pytestmark = pytest.mark.guest
+MIB = 1 << 20
+BLOCK = "/sys/block/vda"
+
+
+@pytest.fixture(params=["split", "packed"])
+def disk(rig: Rig, request: pytest.FixtureRequest) -> Iterator[Disk]:
+    """Give a guest with a disk of 64 MiB and two queues, in either layout."""
+    yield Disk(rig, packed="on" if request.param == "packed" else "off")
+
+
+class Disk:
+    """A file, ``vq blk`` on it, and a guest that has it as /dev/vda."""
+
+    def __init__(self, rig: Rig, *words: str, size: int = 64 * MIB, **properties: str) -> None:
+        self.path = rig.scratch / "disk.img"
+        with self.path.open("wb") as made:
+            made.truncate(size)
+        self.backend: Child = rig.disk(self.path, "--queues", "2", *words)
+        self.guest: DiskGuest = rig.disk_guest(rig.sock(), queues=2, cpus=2, properties=properties)
+
+    def sysfs(self, name: str) -> str:
+        return self.guest.check(f"cat {BLOCK}/{name}").strip()
+
+
+def test_filesystem_and_bytes(disk: Disk) -> None:
+    """The guest makes a file system, writes and reads back; the file on the host has the same bytes."""
+    guest = disk.guest
+    assert disk.sysfs("size") == str(64 * MIB // 512)
+    assert disk.sysfs("queue/logical_block_size") == "512"
+    assert disk.sysfs("queue/physical_block_size") == "4096"
+    assert disk.sysfs("queue/minimum_io_size") == "4096"
+    assert disk.sysfs("cache_type") == "write back"
+    assert disk.sysfs("serial") == "disk.img"
+    assert disk.sysfs("ro") == "0"
+    assert len(guest.check(f"ls {BLOCK}/mq").split()) == 2
+    guest.check("mke2fs /dev/vda && mkdir -p /tmp/m && mount -t ext2 /dev/vda /tmp/m", timeout=60)
+    guest.check("dd if=/dev/urandom of=/tmp/m/data bs=1M count=20 && sync", timeout=60)
+    inside = guest.check("echo 3 >/proc/sys/vm/drop_caches; sha256sum </tmp/m/data", timeout=60).split()[0]
+    guest.check("cp /tmp/m/data /tmp/m/copy && rm /tmp/m/copy && umount /tmp/m", timeout=60)
+    whole = guest.check("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M 2>/dev/null | sha256sum", timeout=60)
+    assert whole.split()[0] == hashlib.sha256(disk.path.read_bytes()).hexdigest()
+    if shutil.which("debugfs"):  # another reader of the same file system
+        shown = subprocess.run(["debugfs", "-R", "cat /data", disk.path], capture_output=True, check=True).stdout
+        assert hashlib.sha256(shown).hexdigest() == inside
+    assert_writeback_can_be_switched(disk)
+    assert_discard_frees_room(disk)
+    assert_the_guest_sees_the_disk_grow(disk)
+    disk.backend.process.send_signal(signal.SIGTERM)
+    assert disk.backend.process.wait(10) == 0
+
+
+def assert_writeback_can_be_switched(disk: Disk) -> None:
+    disk.guest.check(f"echo 'write through' >{BLOCK}/cache_type")
+    assert disk.sysfs("cache_type") == "write through"
+    disk.guest.check("dd if=/dev/urandom of=/dev/vda bs=64k count=4 oflag=direct")
+    disk.guest.check(f"echo 'write back' >{BLOCK}/cache_type")
+    assert disk.sysfs("cache_type") == "write back"
+
+
+def assert_discard_frees_room(disk: Disk) -> None:
+    before = disk.path.stat().st_blocks
+    assert before > 20 * MIB // 512
+    disk.guest.check("blkdiscard /dev/vda", timeout=60)
+    wait_until("room is given back", lambda: disk.path.stat().st_blocks < before // 4, 5, [disk.backend])
+    assert disk.guest.check("dd if=/dev/vda bs=1M count=8 2>/dev/null | tr -d '\\0' | wc -c").strip() == "0"
+
+
+def assert_the_guest_sees_the_disk_grow(disk: Disk) -> None:
+    with disk.path.open("r+b") as grown:
+        grown.truncate(96 * MIB)
+    disk.backend.process.send_signal(signal.SIGHUP)
+    size = str(96 * MIB // 512)
+    wait_until("the guest sees the new size", lambda: disk.sysfs("size") == size, 10, [disk.guest.child, disk.backend])
+    disk.guest.check("printf end | dd of=/dev/vda bs=512 seek=196607 conv=sync && sync")
+    assert disk.path.read_bytes()[-512:] == b"end".ljust(512, b"\0")
+
+
+def test_read_only_disk(rig: Rig) -> None:
+    disk = Disk(rig, "--read-only", size=MIB)
+    assert disk.sysfs("ro") == "1"
+    assert disk.guest.run("dd if=/dev/zero of=/dev/vda bs=512 count=1").code != 0
+    assert re.search(r"\b0\b", disk.guest.check("dd if=/dev/vda bs=1M count=1 2>/dev/null | tr -d '\\0' | wc -c"))
