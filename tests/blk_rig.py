@@ -79,10 +79,9 @@ class BlkGuest:
     def start(self, *, base: int | None = None, **options: Any) -> None:
         if base is None:
             base = 0x8000 if self.features & RING_PACKED else 0
-        options = {"enabled": True, "in_order": False, "kick_fd": self.driver.kick_fd, **options}
-        self.queue.start(
-            self.map, self.driver.size, *self.driver.addresses, base, self.features, call_fd=self.driver.call_fd, **options
-        )
+        fds = {"kick_fd": self.driver.kick_fd, "call_fd": self.driver.call_fd}
+        options = {"enabled": True, "in_order": False, **fds, **options}
+        self.queue.start(self.map, self.driver.size, *self.driver.addresses, base, self.features, **options)
 
     def close(self) -> None:
         """Stop everything, in the order in which a device does."""
@@ -139,7 +138,9 @@ class BlkGuest:
 
 
 @contextmanager
-def blk_guest(path: Path | None, features: int = VERSION_1, *, read_only: bool = False, **options: Any) -> Iterator[BlkGuest]:
+def blk_guest(
+    path: Path | None, features: int = VERSION_1, *, read_only: bool = False, **options: Any
+) -> Iterator[BlkGuest]:
     """A guest on a file; None is the null disk of 1 MiB."""
     disk = Disk(None, read_only, size=1 << 20) if path is None else Disk(path, read_only)
     guest = BlkGuest(disk, features, **options)

@@ -407,6 +407,7 @@ class Backend:
             yield self._channel
         except (VqError, OSError) as error:
             self.warn(str(error))
+            self._channel.give_up()
             self._close_channel()
 
     def _announce(self) -> None:

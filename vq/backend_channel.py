@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from typing import Final
 
 from vq.errors import FrontendError
@@ -55,6 +56,11 @@ class BackendChannel:
     def close(self) -> None:
         """Close our copy of the socket; may be called twice."""
         self._socket.close()
+
+    def give_up(self) -> None:
+        """End the conversation, so that the front-end knows too: the session holds the socket as well."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def announce_config(self, *, need_reply: bool) -> None:
         """Say that the configuration space has changed: now, or as soon as the ack before has come.

@@ -66,7 +66,7 @@ cdef inline int _take(blk_queue_t* blk, bint packed) noexcept nogil:
         queue_break(queue, BROKEN_MEMORY_LOST, 0)
         return 0
     if available < 0:
-        queue_break(queue, BROKEN_AVAIL_IDX, ring.split.bad_head)
+        queue_break(queue, BROKEN_AVAIL_IDX, ring.split.shadow_avail_idx)
     if available <= 0:
         return 0
     queue_suppress_kicks(queue, packed)

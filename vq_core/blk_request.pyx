@@ -2,7 +2,7 @@
 from libc.errno cimport EAGAIN, EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from posix.uio cimport RWF_NOWAIT, iovec
+from posix.uio cimport RWF_NOWAIT
 from vq_core.arch cimport vq_load_u32, vq_load_u64, vq_store_release_u32
 from vq_core.chain cimport chain_next, chain_t
 from vq_core.dirty cimport dirty_mark

@@ -1,7 +1,7 @@
 """A worker of a block device: one thread that serves some of its queues, without the GIL.
 
     round:  give back what the pool has done; for each queue: take and begin, publish, call
-    between two rounds lies the burst boundary: commands of the control thread are run there, when nothing is under way
+    between two rounds lies the burst boundary: commands of the control thread run there, when nothing is under way
 
 Because all requests are done by then, nothing that a command takes away (memory, ring, log) is in use. A disk that hangs
 therefore holds the control thread up too, for PATIENCE_S at most.

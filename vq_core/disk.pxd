@@ -1,7 +1,7 @@
 """What a block device keeps its data in: a file, a block device of the host, or nothing.
 
-A disk_t is shared by all threads of its device. `fd`, `read_only` and the kind never change; `capacity` and `stable` are
-single words that the control thread stores and everybody else loads.
+A disk_t is shared by all threads of its device. `fd`, `read_only` and the kind never change; `capacity` and `stable`
+are single words that the control thread stores and everybody else loads.
 
 The functions wait for the kernel unless RWF_NOWAIT is among the flags. They return 0 or an errno.
 """

@@ -1,6 +1,6 @@
 """Reading and writing what a block device is made of."""
 from libc.errno cimport EAGAIN, EINTR, EIO, EOPNOTSUPP, errno
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
 from posix.uio cimport RWF_DSYNC, RWF_NOWAIT, iovec, preadv2, pwritev2
 from vq_core.arch cimport vq_load_u32, vq_load_u64, vq_store_release_u32, vq_store_u64

@@ -1,5 +1,5 @@
 """The threads' side of a pool, and its life."""
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 from vq_core.arch cimport vq_load_u32, vq_store_release_u32
 
 import os

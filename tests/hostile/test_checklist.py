@@ -67,12 +67,11 @@ ONLY_REFUSED = {
     16: "ACCESS_PLATFORM is not offered: IOTLB messages are nacked",
     20: "DEVICE_STATE is not offered: its messages end the connection",
     36: "RING_PACKED is not offered, and cannot be acknowledged",
-    39: "the only device is a network device; its offer is checked, no block device can be reached",
     40: "CTRL_VQ is not offered: front-ends keep the control queue",
 }
 # Parts of lines without a test here, and why.
 IN_PART = {
-    19: "the channel is kept but nothing is ever sent on it, so that no peer can delay us; net does not offer it",
+    19: "net does not offer it; that no front-end delays a block device by it, tests/vq/test_blk_device.py shows",
     25: "with threads and verified packets; not under a thread sanitizer, which the interpreter is not built with",
 }
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
@@ -21,9 +20,9 @@ BLOCK = "/sys/block/vda"
 
 
 @pytest.fixture(params=["split", "packed"])
-def disk(rig: Rig, request: pytest.FixtureRequest) -> Iterator[Disk]:
+def disk(rig: Rig, request: pytest.FixtureRequest) -> Disk:
     """Give a guest with a disk of 64 MiB and two queues, in either layout."""
-    yield Disk(rig, packed="on" if request.param == "packed" else "off")
+    return Disk(rig, packed="on" if request.param == "packed" else "off")
 
 
 class Disk:

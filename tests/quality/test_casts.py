@@ -34,6 +34,8 @@ CAST_FILES = {
     "vq_core/guest_memory.pyx": "the mapping of memory that is ours",
     "vq_core/queue.pyx": "ring pointers that memory.pyx resolved, on their way to the worker",
     "vq_core/switch.pyx": "the table's words",
+    "vq_core/blk_request.pyx": "private copies of a request's header and ranges",
+    "vq_core/disk.pyx": "the rest of a part that the kernel has moved in part",
     "vq_core/packets.pxd": "payload of the driver's own buffers",
     "vq_core/traffic_engine.pyx": "payload of the driver's own buffers",
     "vq_core/ports/vhost.pyx": "a Python bytes object",

@@ -43,7 +43,9 @@ def blk(
     poll: Annotated[
         Literal["adaptive", "busy"], Parameter(help="Sleep when there is nothing to do, or never.")
     ] = "adaptive",
-    json: Annotated[bool, Parameter(negative="", show_default=False, help="Print counters as JSON at the end.")] = False,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print counters as JSON at the end.")
+    ] = False,
     print_capabilities: Annotated[
         bool, Parameter(negative="", show_default=False, help="Print what this program can do as JSON, and end.")
     ] = False,

@@ -30,7 +30,7 @@ PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_STATUS,
 )  # fmt: skip
 
-SEG_MAX: Final = 126  # 5.2.4: without indirect descriptors a request must fit into a queue, which QEMU gives 128 entries
+SEG_MAX: Final = 126  # with header and status a request must fit into a queue, to which QEMU gives 128 entries
 POOL_THREADS: Final = 8  # of each worker
 
 
