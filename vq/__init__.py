@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vq.backend import Backend
     from vq.demo import DemoResult, run_demo
     from vq.device import Device
+    from vq.devices.blk import BlkDevice
     from vq.errors import (
         BackendError,
         ConnectionClosed,
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from vq.frontend import Frontend
     from vq.ports import PortSpec, parse_port, parse_ports
     from vq.pump import Pump
+    from vq.serve import Server
     from vq.virtio import DeviceId
 
 __all__ = [
     "Backend",
     "BackendError",
+    "BlkDevice",
     "ConnectionClosed",
     "DemoResult",
     "Device",
@@ -41,6 +44,7 @@ __all__ = [
     "PortSpec",
     "Pump",
     "ResourceError",
+    "Server",
     "UsageError",
     "VqError",
     "parse_port",
@@ -54,6 +58,7 @@ _ROOMS: Final = {
     "vq.backend": ("Backend",),
     "vq.demo": ("DemoResult", "run_demo"),
     "vq.device": ("Device",),
+    "vq.devices.blk": ("BlkDevice",),
     "vq.errors": (
         "BackendError",
         "ConnectionClosed",
@@ -67,6 +72,7 @@ _ROOMS: Final = {
     "vq.frontend": ("Frontend",),
     "vq.ports": ("PortSpec", "parse_port", "parse_ports"),
     "vq.pump": ("Pump",),
+    "vq.serve": ("Server",),
     "vq.virtio": ("DeviceId",),
 }
 _HOME: Final = {name: room for room, names in _ROOMS.items() for name in names}

@@ -1,10 +1,10 @@
 """A worker of a block device: one thread that serves some of its queues, without the GIL.
 
     round:  give back what the pool has done; for each queue: take and begin, publish, call
-    between two rounds lies the burst boundary: commands of the control thread run there, when nothing is under way
+    between two rounds lies the burst boundary: commands of the control thread are run there
 
-Because all requests are done by then, nothing that a command takes away (memory, ring, log) is in use. A disk that hangs
-therefore holds the control thread up too, for PATIENCE_S at most.
+No request is under way when a command runs, so nothing that it takes away (memory, ring, log) is in use. A disk that
+hangs therefore holds the control thread up too, for PATIENCE_S at most.
 """
 from libc.stdint cimport uint64_t
 from vq_core.blk_queue cimport blk_queue_t

@@ -89,7 +89,7 @@ def test_sectors_that_the_disk_has_not(guest: BlkGuest, sector: int, length: int
     ],
 )
 def test_ranges(guest: BlkGuest, data: bytes, status: int) -> None:
-    """Line 39: ranges to discard: their number, num_sectors 2^32 - 1, flags; nothing is done when one of them is bad."""
+    """Line 39: ranges to discard: their number, num_sectors 2^32 - 1, flags; one that is bad spoils all."""
     assert guest.ask(DISCARD, 0, data)[0] == status
     assert guest.ask(WRITE_ZEROES, 0, data)[0] == status
     if data == ranges((0, 0, 2)):
