@@ -205,6 +205,11 @@ cdef class Disk:
         """bool"""
         return bool(self.disk.read_only)
 
+    @property
+    def ready(self):
+        """bool: reads and writes never wait for a device: the disk is in memory, or nowhere."""
+        return bool(self.disk.ready)
+
     def measure(self):
         """Look how long the file is now; whether that has changed the capacity.
 
