@@ -18,7 +18,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vq import virtio as v  # noqa: E402
-from vq.devices import net  # noqa: E402
+from vq.devices import blk, net  # noqa: E402
 from vq.message import BACKEND_REQUESTS, FRONTEND_REQUESTS, BackendRequest, Request, Rule  # noqa: E402
 from vq.offer import SERVED_PROTOCOL_FEATURES  # noqa: E402
 from vq.session import TRANSITIONS  # noqa: E402
@@ -32,10 +32,11 @@ FEATURES: Final = "any feature that is not offered"
 PROTOCOL_FEATURES: Final = "any protocol feature that is not offered"
 GROUPS: Final = (FEATURES, PROTOCOL_FEATURES)
 
-OFFERED: Final = net.FEATURES
-OFFERED_PROTOCOL: Final = net.PROTOCOL_FEATURES
+OFFERED: Final = net.FEATURES | blk.FEATURES
+OFFERED_PROTOCOL: Final = net.PROTOCOL_FEATURES | blk.PROTOCOL_FEATURES
 BITS: Final = 64
 NET: Final = ("VIRTIO_NET_F_",)
+BLK: Final = ("VIRTIO_BLK_F_",)
 PROTOCOL: Final = ("VHOST_USER_PROTOCOL_F_",)
 NONE: Final = "NONE"  # the name of id 0, which is no request
 
@@ -150,12 +151,12 @@ def protocol_rows(tests: Mapping[str, list[Test]]) -> Iterator[Row]:
     yield _others(names, REFUSED, refused)
 
 
-def feature_rows(tests: Mapping[str, list[Test]]) -> Iterator[Row]:
-    """Feature bits of the network device, device-independent ones included."""
+def feature_rows(tests: Mapping[str, list[Test]], prefixes: tuple[str, ...], features: int) -> Iterator[Row]:
+    """Feature bits of a device that offers `features`, device-independent ones included."""
     refused = tuple(tests.get(FEATURES, ()))
-    names = _named(NET) | _common()
+    names = _named(prefixes) | _common()
     for bit, name in sorted(names.items()):
-        offered = v.has(OFFERED, bit)
+        offered = v.has(features, bit)
         yield Row(str(bit), name, "", DONE if offered else REFUSED, tuple(tests.get(name, ())) if offered else refused)
     yield _others(names, REFUSED, refused)
 
@@ -171,7 +172,7 @@ def tables() -> dict[str, list[Row]]:
     tests = marks()
     known = {NONE, *GROUPS, *(request.name for request in Request)}
     known |= {f"BACKEND_{request.name}" for request in BackendRequest}
-    known |= {name for names in (_common(), _named(NET), _named(PROTOCOL)) for name in names.values()}
+    known |= {name for names in (_common(), _named(NET), _named(BLK), _named(PROTOCOL)) for name in names.values()}
     unknown = sorted(set(tests) - known)
     if unknown:
         raise ValueError(f"marks name what is no message, bit or group: {', '.join(unknown)}")
@@ -179,7 +180,8 @@ def tables() -> dict[str, list[Row]]:
         "Requests of the front-end": list(frontend_rows(tests)),
         "Requests of the back-end": list(backend_rows(tests)),
         "Protocol features": list(protocol_rows(tests)),
-        "Features of the network device": list(feature_rows(tests)),
+        "Features of the network device": list(feature_rows(tests, NET, net.FEATURES)),
+        "Features of the block device": list(feature_rows(tests, BLK, blk.FEATURES)),
     }
 
 

@@ -127,6 +127,9 @@ def device_of(server: Server) -> BlkDevice:
     return server.device
 
 
+@pytest.mark.shows(
+    "GET_CONFIG", "VIRTIO_BLK_F_SEG_MAX", "VIRTIO_BLK_F_BLK_SIZE", "VIRTIO_BLK_F_TOPOLOGY", "VIRTIO_BLK_F_MQ"
+)
 def test_configuration_space(guest: Guest) -> None:
     found = guest.config()
     physical = 1 << found["physical_block_exp"]
@@ -145,6 +148,7 @@ def test_configuration_space(guest: Guest) -> None:
         guest.frontend.get_config(96, 1)
 
 
+@pytest.mark.shows("SET_CONFIG", "VHOST_USER_PROTOCOL_F_CONFIG", "VIRTIO_BLK_F_CONFIG_WCE")
 def test_only_writeback_can_be_written(server: Server, guest: Guest) -> None:
     request = guest.frontend.request
     for wrong in ((0, b"\1" * 8), (31, b"\1"), (33, b"\1"), (32, b"\1\1"), (32, b"\2"), (32, b"\xff"), (96, b"\0")):
@@ -165,6 +169,7 @@ def test_only_writeback_can_be_written(server: Server, guest: Guest) -> None:
     assert guest.config()["writeback"] == 1
 
 
+@pytest.mark.shows("BACKEND_CONFIG_CHANGE_MSG", "SET_BACKEND_REQ_FD", "VHOST_USER_PROTOCOL_F_BACKEND_REQ")
 def test_growth_is_told_once_the_guest_runs(server: Server, guest: Guest, tmp_path: Path) -> None:
     os.truncate(tmp_path / "disk.img", 2 << 20)
     device = device_of(server)

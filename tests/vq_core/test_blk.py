@@ -50,6 +50,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     made.unlink(missing_ok=True)
 
 
+@pytest.mark.shows("VIRTIO_BLK_F_FLUSH", "VIRTIO_BLK_F_DISCARD", "VIRTIO_BLK_F_WRITE_ZEROES")
 @every_layout
 def test_each_request(path: Path, layout: int) -> None:
     data = make_file(path)
@@ -136,6 +137,7 @@ def test_indirect(tmp_path: Path, layout: int) -> None:
         assert guest.ask(IN, 1, size=4096, indirect=True) == (OK, data[512:4608], 4097)
 
 
+@pytest.mark.shows("VIRTIO_BLK_F_RO")
 @pytest.mark.parametrize(
     ("kind", "data", "size", "status"),
     [

@@ -58,9 +58,9 @@ def make_app() -> App:
 
     from vq import __version__
     from vq.cli.bench import bench_app
+    from vq.cli.blk import blk
     from vq.cli.check import HELP as CHECK_HELP
     from vq.cli.check import check
-    from vq.cli.blk import blk
     from vq.cli.demo import HELP, demo
     from vq.cli.libvirt import HELP as LIBVIRT_HELP
     from vq.cli.libvirt import libvirt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import signal
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,24 +10,26 @@ from cyclopts import Parameter
 
 from vq.cli import logs
 from vq.cli.arguments import Whole, parse_bytes, parse_cpus
+from vq.cli.conventions import CAPABILITIES_OPTION
 from vq.cli.hints import qemu_blk_options
-from vq.cli.output import check_output
+from vq.cli.output import check_output, write_json
 from vq.cli.signals import Ending, ending_signals, handling
 from vq.errors import ResourceError, UsageError
+from vq.inherited import find_fd
+from vq.stats import encode
 
 if TYPE_CHECKING:
     from vq_core.disk import Disk
 
 __all__ = ["blk"]
 
-# vhost-user, "Back-end program conventions": what a manager of virtual machines asks for before it starts us.
-CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
-
 
 def blk(
     *,
     socket_path: Annotated[str | None, Parameter(help="Listen on this socket.")] = None,
-    fd: Annotated[Whole | None, Parameter(help="Use this inherited socket, listening or connected.")] = None,
+    fd: Annotated[
+        str | None, Parameter(help="Use this socket that was passed: its number, or its name.")
+    ] = None,
     blk_file: Annotated[str | None, Parameter(help="File or block device with the disk's data.")] = None,
     null: Annotated[
         str | None,
@@ -47,7 +48,11 @@ def blk(
         bool, Parameter(negative="", show_default=False, help="Print counters as JSON at the end.")
     ] = False,
     print_capabilities: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Print what this program can do as JSON, and end.")
+        bool,
+        Parameter(
+            name=CAPABILITIES_OPTION, negative="", show_default=False,
+            help="Print what the back-end is, as JSON, and do nothing else.",
+        ),
     ] = False,
     verbose: Annotated[
         int,
@@ -60,12 +65,10 @@ def blk(
 
     On SIGHUP the length of the file is looked at again, and a running guest is told if it has changed.
     """
-    if print_capabilities:
-        with check_output():
-            print(json_module.dumps(CAPABILITIES), flush=True)
-        return 0
+    # print_capabilities was served before anything else was looked at; it stands here for the help.
     if (socket_path is None) == (fd is None):
         raise UsageError("name one of --socket-path PATH and --fd N")
+    inherited = None if fd is None else find_fd(fd)
     cpus = parse_cpus(cpu)
     logs.configure(verbose)
     disk = _open(blk_file, null, read_only)
@@ -80,7 +83,7 @@ def blk(
         disk.close()
         raise
     ending = Ending()
-    with Server(device, path=socket_path, fd=fd) as server:
+    with Server(device, path=socket_path, fd=inherited) as server:
 
         def end(number: int, frame: FrameType | None) -> None:
             ending(number, frame)
@@ -92,7 +95,7 @@ def blk(
         with ending_signals(end), handling(signal.SIGHUP, look_again):
             if not json:
                 with check_output():
-                    where = f"listens on {socket_path}" if socket_path is not None else f"uses descriptor {fd}"
+                    where = f"listens on {socket_path}" if socket_path is not None else f"uses the socket {fd}"
                     size = disk.capacity * 512
                     print(f"blk: {where}, {disk.path}, {size} bytes, {queues} queues", flush=True)
                     if socket_path is not None:
@@ -100,8 +103,7 @@ def blk(
             server.run()
         snapshot = device.snapshot()
     if json:
-        with check_output():
-            print(json_module.dumps(snapshot), flush=True)
+        write_json(encode(snapshot))
     return 0
 
 

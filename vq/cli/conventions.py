@@ -18,7 +18,9 @@ __all__ = ["CAPABILITIES", "CAPABILITIES_OPTION", "conventional_ports", "print_c
 CAPABILITIES_OPTION: Final = "--print-capabilities"
 
 # Of each command that is a back-end program: its type, and those of its options that the specification has a name for.
-CAPABILITIES: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType({"pump": {"type": "net", "features": []}})
+CAPABILITIES: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
+    {"pump": {"type": "net", "features": []}, "blk": {"type": "block", "features": ["read-only", "blk-file"]}}
+)
 
 
 def print_capabilities(words: Sequence[str]) -> bool:
