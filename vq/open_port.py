@@ -129,7 +129,7 @@ def _open_tap(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], 
 
 def _tap_remedy(error: OSError) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
-        return "run with CAP_NET_ADMIN, or make it for your user: ip tuntap add NAME mode tap user $USER"
+        return "run with CAP_NET_ADMIN, or make it for your user: ip tuntap add NAME mode tap user $(id -un)"
     if error.errno in (errno.ENOENT, errno.ENODEV):
         return "load the tun module (modprobe tun); in a container, pass /dev/net/tun in"
     if error.errno == errno.EBUSY:
