@@ -44,7 +44,7 @@ def test_the_back_end_of_dpdk_by_its_socket(rig: Rig) -> None:
 
 def test_one_pair_side_by_side() -> None:
     need("dpdk")
-    words = ["--cells", "io-split-64", "--repeat", "1", "--seconds", "1", "--settle", "0", "--busy-cycles"]
+    words = ["--cells", "io-split-64", "--repeat", "1", "--seconds", "2", "--settle", "1", "--busy-cycles"]
     record = bench("peers", *words)
     (pair,) = record["pairs"]
     assert pair["cell"] == "io-split-64"
