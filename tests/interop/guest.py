@@ -60,6 +60,12 @@ class Guest(Station):
         does not count then.
     cpus : int
         Virtual CPUs; as many as queue pairs, or Linux leaves the others unused.
+    machine : str
+        QEMU's machine, with its properties.
+    kernel_words : str
+        Added to the guest kernel's command line.
+    more : sequence of str
+        QEMU options that come before all devices, such as an IOMMU or ``-incoming``.
     """
 
     running: ClassVar[list[Guest]] = []  # for the report of a failure
@@ -74,6 +80,9 @@ class Guest(Station):
         properties: Mapping[str, str | int] | None = None,
         cpus: int = 1,
         options: Sequence[str] = (),
+        machine: str = "q35",
+        kernel_words: str = "",
+        more: Sequence[str] = (),
     ) -> None:
         number = next(_numbers)
         self.name = f"guest{number}"
@@ -98,7 +107,7 @@ class Guest(Station):
             **(properties or {}),
         }
         net = list(options) or self._net(device, server, queues)
-        self.child = Child(self.name, self._command(cpus) + net, scratch)
+        self.child = Child(self.name, [*self._command(cpus, machine, kernel_words, more), *net], scratch)
         self.running.append(self)
 
     def _net(self, device: Mapping[str, Any], server: bool, queues: int) -> list[str]:
@@ -106,25 +115,26 @@ class Guest(Station):
         words = [*shared_words(self._sock, server=server), "-netdev", f"vhost-user,id=n0,chardev=c0,queues={queues}"]
         return [*words, "-device", "virtio-net-pci," + ",".join(f"{key}={value}" for key, value in device.items())]
 
-    def _command(self, cpus: int) -> list[str]:
+    def _command(self, cpus: int, machine: str, kernel_words: str, more: Sequence[str]) -> list[str]:
         found = requirements.find_kernel()
         assert found
         kernel, modules = found
         accel = os.environ.get("VQ_TEST_ACCEL", "tcg")
         options = {
-            "-machine": "q35",
+            "-machine": machine,
             "-accel": accel,
             "-cpu": "host" if accel == "kvm" else "max",
             "-smp": cpus,
             "-kernel": kernel,
             "-initrd": image.build(modules),
-            "-append": "console=ttyS0 quiet loglevel=4 panic=0 random.trust_cpu=on net.ifnames=0 mitigations=off",
+            "-append": f"console=ttyS0 quiet loglevel=4 panic=0 random.trust_cpu=on net.ifnames=0 mitigations=off "
+            f"{kernel_words}".rstrip(),
             "-serial": f"file:{self.console_path}",
             "-qmp": f"unix:{self._qmp_path},server=on,wait=off",
         }
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]
         command += [str(word) for pair in options.items() for word in pair]
-        command += ["-chardev", f"socket,id=agent,path={self._agent_path},server=on,wait=off"]
+        command += [*more, "-chardev", f"socket,id=agent,path={self._agent_path},server=on,wait=off"]
         return [*command, "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=vq"]
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -247,7 +257,7 @@ class DiskGuest(Guest):
 
     Parameters
     ----------
-    sock, scratch, cpus
+    sock, scratch, more
         As for `Guest`.
     queues : int
         Request queues.
@@ -262,8 +272,8 @@ class DiskGuest(Guest):
         *,
         queues: int = 1,
         properties: Mapping[str, str | int] | None = None,
-        cpus: int = 1,
+        **more: Any,
     ) -> None:
         device = {"chardev": "c0", "num-queues": queues, "bootindex": 1, **(properties or {})}
         words = ["-device", "vhost-user-blk-pci," + ",".join(f"{key}={value}" for key, value in device.items())]
-        super().__init__(sock, scratch, cpus=cpus, options=[*shared_words(sock), *words])
+        super().__init__(sock, scratch, options=[*shared_words(sock), *words], **more)
