@@ -94,6 +94,7 @@ class Guest(Station):
         self._agent_path = scratch / f"{self.name}.agent"
         self._qmp_path = scratch / f"{self.name}.qmp"
         self.console_path = scratch / f"{self.name}.console"
+        self.migration_path = scratch / f"{self.name}.migration"  # where a guest comes in from another QEMU
         self._requests = itertools.count(1)
         self._agent: socket.socket | None = None
         self._received = b""
@@ -157,6 +158,20 @@ class Guest(Station):
             return False
         self._agent = agent
         return True
+
+    def inherit(self, source: Guest) -> None:
+        """Stand in for a guest that is going to move here: its commands, its name in the network.
+
+        The answer to a command that is under way at the source is lost.
+        """
+        if self._agent is None:
+            wait_until(f"{self.name}: QEMU's sockets", self._connect_agent, BOOT_SECONDS, [self.child])
+            wait_until(f"{self.name}: QMP", self._qmp_path.exists, BOOT_SECONDS, [self.child])
+        self._requests = source._requests
+        self.mac, self.interface = source.mac, source.interface
+        for name in ("address", "address6"):
+            if hasattr(source, name):
+                setattr(self, name, getattr(source, name))
 
     def reboot(self) -> None:
         """Reboot as a user does it in the guest, and wait until it is back."""
