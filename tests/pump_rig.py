@@ -67,8 +67,10 @@ class Guest:
         Wait for the back-end to connect.
     running
         How many pairs are started at once; None: all.
-    queues
+    heir_of
         Take over memory and queues of another guest, which a crash of the back-end has left.
+    memory
+        Use this in place of a new one; it is closed with the guest.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Guest:
         listen: bool = False,
         running: int | None = None,
         heir_of: Guest | None = None,
+        memory: GuestMemory | None = None,
     ) -> None:
         self.frontend = Frontend.listen(path, timeout=20) if listen else Frontend.connect(path, timeout=20)
         self.features = self.frontend.negotiate(features, PROTOCOL)
@@ -91,7 +94,7 @@ class Guest:
         if heir_of is not None:
             self.memory, self.receiveqs, self.transmitqs = heir_of.memory, heir_of.receiveqs, heir_of.transmitqs
         else:
-            self.memory = GuestMemory(memory_bytes, guest_addr=guest_addr)
+            self.memory = memory or GuestMemory(memory_bytes, guest_addr=guest_addr)
             self.receiveqs = [DriverQueue(self.memory, size, features=self.features) for _ in range(pairs)]
             self.transmitqs = [DriverQueue(self.memory, size, features=self.features) for _ in range(pairs)]
         self.share()

@@ -99,6 +99,7 @@ def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[]
         report_fd=report_fd,
         mtu=spec.maybe_number("mtu"),
         packed=spec.get("layout") == "packed",
+        slots=spec.get("slots") == "on",
     )
     if spec.inherited:
         backend = Backend(device, fd=find_fd(spec.inherited), changed=changed)

@@ -137,6 +137,14 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
                         default="packed",
                         choices=("packed", "split"),
                     ),
+                    Option(
+                        "slots",
+                        "choice",
+                        "how memory is plugged and unplugged: region by region, or off: by the whole table anew, "
+                        "for front-ends that have trouble with memory slots",
+                        default="on",
+                        choices=("on", "off"),
+                    ),
                     Option("mode", "octal", "permission bits of the socket; without it the umask decides", 0, 0o777),
                     Option(
                         "mtu", "integer", "bytes of the longest packet to the guest, without Ethernet header", 68, 65535

@@ -1,9 +1,10 @@
 """From a descriptor chain to reads and writes of a disk."""
-from libc.errno cimport EAGAIN, EOPNOTSUPP
+from libc.errno cimport EAGAIN, EFAULT, EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from posix.uio cimport RWF_NOWAIT
 from vq_core.arch cimport vq_load_u32, vq_load_u64, vq_store_release_u32
+from vq_core.blk_queue cimport blk_queue_t
 from vq_core.chain cimport chain_next, chain_t
 from vq_core.dirty cimport dirty_mark
 from vq_core.disk cimport (DISK_ID_BYTES, SECTOR_BYTES, disk_discard, disk_flush, disk_read, disk_t, disk_write,
@@ -174,6 +175,10 @@ cdef int _each_range(blk_request_t* request) noexcept nogil:
 cdef void _settle(blk_request_t* request, int error) noexcept nogil:
     """Note how it ended."""
     request.result = VIRTIO_BLK_S_OK if error == 0 else VIRTIO_BLK_S_IOERR
+    if error == EFAULT:
+        # Its addresses were checked, so the owner has truncated the memory, and the kernel came upon it before the
+        # guard could. The map is that of its start: it is not replaced while a request is under way.
+        vq_store_release_u32((<blk_queue_t*>request.owner).queue.memory.lost, 1)
     if error == 0 and request.type == VIRTIO_BLK_T_IN:
         request.written = <uint32_t>request.writable_bytes + 1     # a chain has less than 2^32 bytes
 

@@ -205,8 +205,11 @@ class DpdkBackend(Backend):
 
     # net_tap takes packets without a vnet header, so what a guest leaves to be completed never is; there is no switch.
     lacks = frozenset(
-        {"TAP offloads", "switch", "software completion", "queues over a TAP", "queue steering", "host_mtu"}
-    )
+        {
+            "TAP offloads", "switch", "software completion", "queues over a TAP", "queue steering", "host_mtu",
+            "a choice of memory slots",
+        }
+    )  # fmt: skip
     testpmd: Testpmd
 
     def launch(self) -> None:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 INIT = Path(__file__).with_name("guest_init.sh")
-MODULES = ("virtio_pci", "virtio_net", "virtio_console", "virtio_blk")
+MODULES = ("virtio_pci", "virtio_net", "virtio_console", "virtio_blk", "virtio_mem")
 TOOLS = ("ping", "ethtool", "iperf3")
 
 

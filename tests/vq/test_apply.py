@@ -293,5 +293,7 @@ def test_what_the_network_device_offers() -> None:
     assert device.offer.queue_num_answer == 3
     assert device.offer.features == FEATURES
     assert device.offer.max_mem_slots >= 8
+    without = NetDevice("net", pairs=3, slots=False).offer.protocol_features
+    assert device.offer.protocol_features ^ without == v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
     with pytest.raises(ValueError, match="1 to 128"):
         NetDevice("net", pairs=129)

@@ -43,6 +43,8 @@ class NetDevice(Device):
         Longest packet towards the guest in bytes, without the Ethernet header, until the front-end says otherwise.
     packed
         Offer the packed ring layout beside the split one.
+    slots
+        Offer memory slots; without them a front-end sends the whole memory table for each change.
 
     Notes
     -----
@@ -53,14 +55,24 @@ class NetDevice(Device):
     in_order = True
 
     def __init__(
-        self, name: str, *, pairs: int = 8, report_fd: int | None = None, mtu: int | None = None, packed: bool = True
+        self,
+        name: str,
+        *,
+        pairs: int = 8,
+        report_fd: int | None = None,
+        mtu: int | None = None,
+        packed: bool = True,
+        slots: bool = True,
     ) -> None:
         self.name = name
         self.port = VhostPort(name, pairs, report_fd)
         self.queues = self.port.queues
         self.posted_queues = self.queues[::2]
         features = FEATURES if packed else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
-        self.offer = Offer(features, PROTOCOL_FEATURES, queue_count=2 * pairs, queue_num_answer=pairs)
+        protocol = PROTOCOL_FEATURES
+        if not slots:
+            protocol &= ~v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
+        self.offer = Offer(features, protocol, queue_count=2 * pairs, queue_num_answer=pairs)
         self._default_mtu = self._mtu = mtu
         self._features = 0
 
