@@ -281,7 +281,7 @@ class BackendThread:
                 continue
             reply = self.session.receive(message)
             if reply is not None:
-                connection.send(reply)
+                connection.send(reply, self.session.reply_fds)
 
     def join(self) -> None:
         """Wait for the end, which the front-end brings about by closing."""

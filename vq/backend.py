@@ -365,7 +365,7 @@ class Backend:
                     reply = session.receive(message)
                     if reply is not None:
                         self.before_reply()
-                        connection.send(reply)
+                        connection.send(reply, session.reply_fds)
                     if self._reaper.busy > UNCLOSED_MAX:
                         limit = f"at most {UNCLOSED_MAX} may take long"
                         raise FrontendError(message.name, "fds that cannot be closed", self._reaper.busy, limit)

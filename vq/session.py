@@ -20,7 +20,7 @@ from vq import effects as e
 from vq import handle_device, handle_features, handle_memory, handle_rings
 from vq import virtio as v
 from vq.errors import FrontendError, ResourceError, UsageError, VqError
-from vq.message import FRONTEND_REQUESTS, Message, Request, Rule, encode_ack, encode_reply
+from vq.message import FRONTEND_REQUESTS, Message, Request, Rule, close_fds, encode_ack, encode_reply
 from vq.offer import SERVED_PROTOCOL_FEATURES, UNSERVED_FEATURES, Offer
 from vq.payload import VRING_INDEX_MASK
 from vq.region_table import LiveRegion
@@ -86,6 +86,7 @@ class Session:
         self.has_log = False
         self.log_fd: int | None = None
         self.backend_channel_fd: int | None = None
+        self.reply_fds: list[int] = []  # they go with the reply that `receive` has just given, and are closed then
 
     @property
     def suspended(self) -> bool:
@@ -142,7 +143,12 @@ class Session:
             The connection cannot go on; the session is closed already and everything is released.
         UsageError
             The session was closed before.
+
+        Notes
+        -----
+        `reply_fds` go with the reply; they stay the session's, and live until `receive` or `close` is called again.
         """
+        close_fds(self.reply_fds)
         try:
             if self.closed:
                 raise UsageError("session: closed; a new connection needs a new session")
@@ -173,6 +179,7 @@ class Session:
             ring.close_fds()
         self.regions = ()
         self.has_log = False
+        close_fds(self.reply_fds)
         self.log_fd = replace_fd(self.log_fd, None)
         self.backend_channel_fd = replace_fd(self.backend_channel_fd, None)
 
