@@ -5,7 +5,8 @@ from vq_core.chain cimport chain_begin, chain_t
 from vq_core.cursor cimport cursor_t
 from vq_core.pool cimport pool_submit
 from vq_core.queue cimport (BROKEN_AVAIL_IDX, BROKEN_HEAD, BROKEN_ID, BROKEN_MEMORY_LOST, queue_break,
-                            queue_flush, queue_lost, queue_publish, queue_request_kick, queue_suppress_kicks, queue_t)
+                            queue_comes_alive, queue_flush, queue_lost, queue_publish, queue_request_kick,
+                            queue_suppress_kicks, queue_t)
 from vq_core.ring cimport (ring_begin, ring_commit_take, ring_give_back, ring_has_more, ring_known, ring_look,
                            ring_next_used, ring_shadow_used, ring_t, ring_take)
 from vq_core.virtio cimport virtq_desc_t
@@ -97,7 +98,7 @@ cdef inline int _take(blk_queue_t* blk, bint packed) noexcept nogil:
 
 
 cdef int blk_take(blk_queue_t* queue) noexcept nogil:
-    if not queue.queue.live:
+    if not queue.queue.live and not queue_comes_alive(queue.queue):
         return 0                 # of a disabled ring nothing is taken: no request can be done without an effect
     if queue.queue.ring.is_packed:
         return _take(queue, True)

@@ -40,12 +40,18 @@ cdef enum:
     BROKEN_SIGNAL = 12           # call fd that takes too long to signal
     BROKEN_REQUEST = 13          # no whole header or no room for the status
 
+# What a started ring must still read of its memory to know its place. With postcopy the reading may last, so that it is
+# left to the worker.
+cdef enum:
+    PLACE_USED = 1               # split: where the used side stands
+    PLACE_AVAIL = 2              # the available side goes on where the used side stands
+
 cdef struct queue_t:
     ring_t ring
     memory_t* memory
     region_t* hint               # last region hit; never NULL while started
     dirty_t* log                 # NULL: LOG_ALL is off
-    bint live                    # started and enabled and not broken
+    bint live                    # started and enabled and not broken, and its place is known
     bint started
     bint enabled
     bint log_ring                # VRING_F_LOG: used ring stores are logged at log_guest_addr
@@ -58,6 +64,7 @@ cdef struct queue_t:
     int report_fd                # the control thread's eventfd; -1: nobody listens
     peer_t* peer                 # never NULL
     int epoll_fd                 # the worker's, where kick_fd is watched; -1: no worker
+    uint32_t unplaced            # PLACE_* bits
     uint32_t broken              # one of BROKEN_*
     uint32_t broken_at           # the head (or available index) in question
     uint32_t reported            # broken was told to the control thread
@@ -65,6 +72,19 @@ cdef struct queue_t:
     uint64_t calls_suppressed    # and those that the driver did not want
     hold_t hold                  # whether the driver is being left alone
     counters_t counters
+
+# Read from the ring where it goes on; waits as long as its memory makes it wait.
+cdef void queue_place(queue_t* queue) noexcept nogil
+
+cdef inline bint queue_comes_alive(queue_t* queue) noexcept nogil:
+    """Whether a queue that is not live is so now that its worker has found its place."""
+    if queue.unplaced:
+        queue_place(queue)
+    return queue.live
+
+cdef inline bint queue_takes(queue_t* queue) noexcept nogil:
+    """For the control thread: whether the queue is live, or will be as soon as its worker has found its place."""
+    return queue.started and queue.enabled and queue.broken == BROKEN_NOT
 
 cdef inline void queue_publish(queue_t* queue, bint packed, uint16_t position) noexcept nogil:
     """Expose the used elements before `position`, and log what that changed."""
@@ -169,7 +189,7 @@ cdef class Queue:
     cdef tuple _addresses        # (desc, avail, used), user addresses, while started
 
     cdef int _change(self, queue_change_t* change) except -1
-    cdef int _place_split(self, split_t* ring, int num, uint64_t base, uint64_t features, bint in_order) except -1
-    cdef int _place_packed(self, packed_t* ring, int num, uint64_t base, uint64_t features, bint in_order) except -1
+    cdef int _begin_split(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1
+    cdef int _begin_packed(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1
     cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses,
                       uint64_t features) except -1

@@ -61,6 +61,28 @@ cdef void queue_break(queue_t* queue, uint32_t cause, uint32_t head) noexcept no
         notify_signal(queue.report_fd)
 
 
+cdef void _decide_life(queue_t* queue) noexcept nogil:
+    queue.live = queue.started and queue.enabled and queue.broken == BROKEN_NOT and not queue.unplaced
+
+
+cdef void queue_place(queue_t* queue) noexcept nogil:
+    cdef split_t* split = &queue.ring.split
+    cdef packed_t* packed = &queue.ring.packed
+    cdef uint32_t what = queue.unplaced
+    cdef uint16_t slot = 0
+    cdef bint wrap = True
+    queue.unplaced = 0
+    if queue.ring.is_packed:
+        if what & PLACE_AVAIL:
+            _find_place(packed, &slot, &wrap)
+            _set_place(packed, slot, wrap)
+    elif what & PLACE_USED:
+        split.next_used = split.shadow_used = split.signalled_used = vq_load_u16(&split.used.idx)  # read once
+        if what & PLACE_AVAIL:
+            split.last_avail_idx = split.shadow_avail_idx = split.next_used
+    _decide_life(queue)
+
+
 cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
     """Take over what the control thread wants; runs at a burst boundary of the owner."""
     cdef queue_t* wanted = &change.wanted
@@ -87,6 +109,7 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
         queue.hint = wanted.hint
         queue.features = wanted.features
         queue.indirect_limit = wanted.indirect_limit
+        queue.unplaced = wanted.unplaced
         queue.broken = BROKEN_NOT
         queue.reported = 0
         hold_end(&queue.hold)
@@ -100,12 +123,13 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
     if what & CHANGE_STOP:
         epoll_move(queue.epoll_fd, -1, queue.kick_fd, EPOLLIN)
         queue.started = False
+        queue.unplaced = 0
         queue.kick_fd = queue.call_fd = -1
         queue.memory = NULL
         queue.hint = NULL
         queue.log = NULL
         _point(&queue.ring, &wanted.ring)        # nowhere
-    queue.live = queue.started and queue.enabled and queue.broken == BROKEN_NOT
+    _decide_life(queue)
 
 
 cdef void _run_change(void* target, void* argument) noexcept nogil:
@@ -120,7 +144,7 @@ cdef int _elements(int num) noexcept:
     return room
 
 
-cdef void _find_place(packed_t* ring, uint16_t* slot, bint* wrap) noexcept:
+cdef void _find_place(packed_t* ring, uint16_t* slot, bint* wrap) noexcept nogil:
     """Where a device that completes in order stopped, told by the ring itself; a fresh one says its beginning.
 
     Only the device changes a USED bit, to its wrap counter, when it uses a slot (`packed_publish`: each slot of a
@@ -140,6 +164,12 @@ cdef void _find_place(packed_t* ring, uint16_t* slot, bint* wrap) noexcept:
             return
     slot[0] = 0
     wrap[0] = first == 0
+
+
+cdef void _set_place(packed_t* ring, uint16_t slot, bint wrap) noexcept nogil:
+    ring.avail_slot = ring.used_slot = slot
+    ring.avail_flags = VIRTQ_PACKED_DESC_F_AVAIL if wrap else VIRTQ_PACKED_DESC_F_USED
+    ring.used_flags = PACKED_WRAP_BITS if wrap else 0
 
 
 cdef int _fd(object fd) except -2:
@@ -283,13 +313,13 @@ cdef class Queue:
         self._elements = elements
         if change.wanted.ring.is_packed:
             change.wanted.ring.packed.elements = elements
-            self._place_packed(&change.wanted.ring.packed, num, base, features, in_order)
-            self._begin = 0
+            self._begin_packed(&change.wanted, num, base, features, in_order)
         else:
             if self._batches and has_feature(features, VIRTIO_F_IN_ORDER):
                 change.wanted.ring.split.heads = <uint16_t*>elements
-            self._place_split(&change.wanted.ring.split, num, base, features, in_order)
-            self._begin = change.wanted.ring.split.last_avail_idx
+            self._begin_split(&change.wanted, num, base, features, in_order)
+        queue_place(&change.wanted)
+        self._begin = 0 if change.wanted.ring.is_packed else change.wanted.ring.split.last_avail_idx
         change.wanted.features = features
         change.wanted.indirect_limit = max(num, 1024)
         change.wanted.enabled = enabled
@@ -302,21 +332,23 @@ cdef class Queue:
         self._log = log
         self._addresses = (desc, avail, used)
 
-    cdef int _place_split(self, split_t* ring, int num, uint64_t base, uint64_t features, bint in_order) except -1:
-        """Say where a split ring begins."""
-        cdef uint16_t position = vq_load_u16(&ring.used.idx)      # read once; ours from here on
+    cdef int _begin_split(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1:
+        """Say how a split ring begins, as far as that can be said without reading it."""
+        cdef split_t* ring = &queue.ring.split
         if num & (num - 1):
             raise ValueError(f"queue {self.index}: size {num} is not a power of two, as a split ring needs")
         ring.num = num
         ring.mask = num - 1
-        ring.last_avail_idx = ring.shadow_avail_idx = position if in_order else <uint16_t>base
-        ring.next_used = ring.shadow_used = ring.signalled_used = position
+        ring.last_avail_idx = ring.shadow_avail_idx = <uint16_t>base
+        ring.next_used = ring.shadow_used = ring.signalled_used = <uint16_t>base
+        queue.unplaced = PLACE_USED | (PLACE_AVAIL if in_order else 0)
         ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
         ring.in_order = has_feature(features, VIRTIO_F_IN_ORDER)
         return 0
 
-    cdef int _place_packed(self, packed_t* ring, int num, uint64_t base, uint64_t features, bint in_order) except -1:
-        """Say where a packed ring begins."""
+    cdef int _begin_packed(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1:
+        """Say how a packed ring begins, as far as that can be said without reading it."""
+        cdef packed_t* ring = &queue.ring.packed
         cdef uint16_t slot = base & 0x7fff
         cdef bint wrap = base >> 15 & 1
         if not has_feature(features, VIRTIO_F_VERSION_1):
@@ -327,10 +359,8 @@ cdef class Queue:
         ring.mask = _elements(num) - 1
         ring.batch = self._batches and has_feature(features, VIRTIO_F_IN_ORDER)
         if in_order and slot == 0 and wrap and not ring.batch:
-            _find_place(ring, &slot, &wrap)
-        ring.avail_slot = ring.used_slot = slot
-        ring.avail_flags = VIRTQ_PACKED_DESC_F_AVAIL if wrap else VIRTQ_PACKED_DESC_F_USED
-        ring.used_flags = PACKED_WRAP_BITS if wrap else 0
+            queue.unplaced = PLACE_AVAIL
+        _set_place(ring, slot, wrap)
         ring.chain_slots = 1
         ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
         return 0
@@ -454,7 +484,7 @@ cdef class Queue:
     @property
     def live(self):
         """bool: started, enabled and not broken; packets move."""
-        return bool(self.queue.live)
+        return bool(queue_takes(&self.queue))
 
     @property
     def broken(self):

@@ -10,7 +10,7 @@ from vq_core.ports.vhost_pair cimport RARP_BYTES, pair_lost, pair_t
 from vq_core.ports.vhost_pull cimport vhost_pull, vhost_release
 from vq_core.ports.vhost_push cimport vhost_push, vhost_room
 from vq_core.queue cimport (BROKEN_NOT, CHANGE_EPOLL, Peer, Queue, queue_apply, queue_change_t, queue_flush,
-                            queue_request_kick, queue_t)
+                            queue_request_kick, queue_t, queue_takes)
 from vq_core.ring cimport ring_has_more, ring_known
 
 cdef void _flush(endpoint_t* endpoint) noexcept nogil:
@@ -29,6 +29,8 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
         if pair.rarp_pending:
             return 1
         if queue.started and queue.broken == BROKEN_NOT:
+            if queue.unplaced:
+                return 1
             if ring_known(&queue.ring, packed) > 0:
                 return 1
             queue_request_kick(queue)
@@ -188,4 +190,4 @@ cdef class VhostPort(Port):
     @property
     def targets(self):
         """list of int: pairs whose receiveq takes packets."""
-        return [i for i in range(self.endpoint_count) if self.pairs[i].receiveq.live]
+        return [i for i in range(self.endpoint_count) if queue_takes(self.pairs[i].receiveq)]

@@ -12,8 +12,8 @@ from vq_core.notify cimport notify_signal
 from vq_core.port cimport BURST_MAX, PACKET_MAX, SEGMENTS_MAX, burst_t, endpoint_t, packet_t
 from vq_core.ports.vhost_pair cimport (BROKE, BURST_FULL, DONE, DROPPED, HEADER_MAX, HEADER_MIN, RARP_BYTES,
                                        pair_id_is_wrong, pair_lost, pair_no_entries, pair_t)
-from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_HEAD, BROKEN_MEMORY_LOST, BROKEN_NOT, queue_break, queue_flush,
-                            queue_publish, queue_suppress_kicks, queue_t)
+from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_HEAD, BROKEN_MEMORY_LOST, BROKEN_NOT, queue_break,
+                            queue_comes_alive, queue_flush, queue_publish, queue_suppress_kicks, queue_t)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_counts_slots, ring_look, ring_next_used, ring_position,
                            ring_prefetch, ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
@@ -283,7 +283,7 @@ cdef int vhost_pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept no
     burst.count = burst.wants = burst.segment_count = 0
     if pair.rarp_pending:
         return _pull_rarp(pair, burst)
-    if not queue.live:
+    if not queue.live and not queue_comes_alive(queue):
         if queue.started and queue.broken == BROKEN_NOT:
             return _discard(queue)
         return 0

@@ -14,7 +14,8 @@ from vq_core.port cimport BURST_MAX, endpoint_t, packet_t
 from vq_core.ports.vhost_pair cimport (BROKE, DONE, DROPPED, HEADER_MAX, HEADER_MIN, NO_ROOM, pair_id_is_wrong,
                                        pair_lost, pair_no_entries, pair_t)
 from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_LOOP,
-                            BROKEN_MEMORY_LOST, queue_break, queue_publish, queue_suppress_kicks, queue_t)
+                            BROKEN_MEMORY_LOST, queue_break, queue_comes_alive, queue_publish, queue_suppress_kicks,
+                            queue_t)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_is_full, ring_look, ring_more, ring_next_used, ring_prefetch,
                            ring_prefetch_used, ring_ready, ring_remember, ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_WRITE, gpa_t, has_feature, virtio_net_hdr_t,
@@ -337,7 +338,7 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
 cdef int vhost_push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogil:
     cdef pair_t* pair = <pair_t*>endpoint.port
     cdef queue_t* queue = pair.receiveq
-    if not queue.live:
+    if not queue.live and not queue_comes_alive(queue):
         return _push_refused(queue, packets, count)
     if queue.ring.is_packed:
         return _push_live(pair, queue, True, HEADER_MAX, packets, count)
@@ -349,7 +350,7 @@ cdef int vhost_push(endpoint_t* endpoint, packet_t* packets, int count) noexcept
 cdef int vhost_room(endpoint_t* endpoint) noexcept nogil:
     cdef queue_t* queue = (<pair_t*>endpoint.port).receiveq
     cdef int ready
-    if not queue.live:
+    if not queue.live and not queue_comes_alive(queue):
         return -1
     if hold_on(&queue.hold, &queue.ring, queue.ring.is_packed, BURST_MAX):
         return 0
