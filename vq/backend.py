@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -60,6 +60,8 @@ class Backend:
     ----------
     one_connection : bool
         It was given a connected socket: when that ends, nobody comes after.
+    channel : BackendChannel
+        Our own requests to the front-end; the device has it too.
     before_reply : callable
         Called before each reply, which means that the data plane has obeyed: what `changed` announced is due by then.
 
@@ -101,15 +103,14 @@ class Backend:
         self._session: Session | None = None
         self._applier: Applier | None = None
         self.one_connection = False
-        self._channel: BackendChannel | None = None
-        self._config_due = False
         self._warnings = float(WARNINGS_MAX)  # that may be logged now
         self._warned_at = time.monotonic()
         self._unsaid = 0
         self._said = ("", 0.0)  # the last warning logged, and when
         self.closed = False
-        device.config_changed = self.config_changed
         self._epoll = select.epoll()
+        self.channel = BackendChannel(self._epoll, self.warn)
+        device.channel = self.channel
         self._timer = Timer()
         self._reaper = Reaper()
         self._epoll.register(self._timer.fileno(), select.EPOLLIN)
@@ -170,10 +171,9 @@ class Backend:
                     self._accept()
             elif self._connection is not None and fd == self._connection.fileno():
                 self._serve(self._connection, events)
-            elif self._channel is not None and fd == self._channel.fileno():
-                with self._channel_or_none() as channel:
-                    if not channel.receive():
-                        self.warn("the front-end has refused CONFIG_CHANGE_MSG; it may go on with the old values")
+            elif fd == self.channel.fileno():
+                self.channel.dispatch()
+                self.check()
 
     def check(self) -> None:
         """End the connection if the front-end truncated memory or dirty log under us, or makes signals to it last."""
@@ -185,6 +185,8 @@ class Backend:
             self._end("too many wait for the front-end's call or err descriptors")
             reason = f"signals to the front-end took too long; none may come for {SENTENCE_S:.0f} s"
             self._look_away(reason, SENTENCE_S)
+        elif self.channel.broken and v.has(self.features, v.VIRTIO_F_ACCESS_PLATFORM):
+            self._end("without a back-end channel no address can be asked for")
 
     def warn(self, text: str) -> None:
         """Log what a peer or guest did wrong; one that does it again and again does not fill the log.
@@ -241,14 +243,6 @@ class Backend:
                 "its interface is down, or its memory is not shared; QEMU needs share=on"
             )
         return not self._told_unposted
-
-    def config_changed(self) -> None:
-        """Tell the front-end that the configuration space has changed, as soon as it can be told.
-
-        While all rings stand it is told nothing; nor is one that has negotiated no way of telling it.
-        """
-        self._config_due = self._session is not None
-        self._announce()
 
     def disconnect(self) -> None:
         """End the present connection; the back-end goes on waiting for the next."""
@@ -320,8 +314,9 @@ class Backend:
 
     def _begin(self, connection: Connection) -> None:
         self._connection = connection
-        self._applier = Applier(self.device, self._changed, self.warn, self._open_channel)
+        self._applier = Applier(self.device, self._changed, self.warn, self.channel.give)
         self._session = Session(self.device.offer, self._applier)
+        self.channel.begin(self._session)
         for queue in self.device.queues:
             queue.unmute()
         self._unposted_since = None
@@ -335,9 +330,8 @@ class Backend:
         """Forget the connection and everything that came by it."""
         connection, session = self._connection, self._session
         self._connection = self._session = self._applier = None
-        self._config_due = False
         with self._reaper.active():
-            self._close_channel()
+            self.channel.end()
             if session is not None:
                 session.close()
                 self.device.reset()
@@ -370,8 +364,8 @@ class Backend:
                         limit = f"at most {UNCLOSED_MAX} may take long"
                         raise FrontendError(message.name, "fds that cannot be closed", self._reaper.busy, limit)
             self._epoll.modify(connection.fileno(), select.EPOLLIN | (select.EPOLLOUT if connection.wants_write else 0))
+            self.channel.flush()
             self.check()
-            self._announce()
         except ConnectionClosed as end:
             self._end(str(end))
         except PeerError as error:
@@ -384,37 +378,3 @@ class Backend:
             # A defect of ours or of a device's hook ends this connection, not the process.
             logger.exception("device=%s", self.device.name)
             self._end("internal error")
-
-    # -- our own requests --
-
-    def _open_channel(self, fd: int) -> None:
-        channel = BackendChannel(fd)
-        self._close_channel()
-        self._channel = channel
-        self._epoll.register(channel.fileno(), select.EPOLLIN)
-
-    def _close_channel(self) -> None:
-        if self._channel is not None:
-            self._epoll.unregister(self._channel.fileno())
-            self._channel.close()
-            self._channel = None
-
-    @contextmanager
-    def _channel_or_none(self) -> Iterator[BackendChannel]:
-        """Use the channel; one that fails is given up, and the connection goes on without it."""
-        assert self._channel is not None
-        try:
-            yield self._channel
-        except (VqError, OSError) as error:
-            self.warn(str(error))
-            self._channel.give_up()
-            self._close_channel()
-
-    def _announce(self) -> None:
-        session = self._session
-        if not self._config_due or session is None or session.suspended or self._channel is None:
-            return
-        self._config_due = False
-        if session.negotiated(v.VHOST_USER_PROTOCOL_F_CONFIG):
-            with self._channel_or_none() as channel:
-                channel.announce_config(need_reply=session.negotiated(v.VHOST_USER_PROTOCOL_F_REPLY_ACK))

@@ -1,110 +1,227 @@
-"""The back-end channel: our own requests to the front-end, on the socket that SET_BACKEND_REQ_FD brought.
+"""The back-end channel: what a device asks of the front-end by itself, and the rules of when it may.
 
-Nothing here waits. One request that asks for an ack is under way at most; what comes up meanwhile is said afterwards,
-in one message, since the front-end reads the whole configuration space anew each time.
+A device has the channel as `Device.channel`. Without a connection, without the socket of SET_BACKEND_REQ_FD, or without
+the feature that a request needs, nothing can be sent, and `send` says so. While all rings stand nothing may be sent:
+then it waits until one is started.
 
-Spec: vhost-user, "Back-end message types"; VHOST_USER_BACKEND_CONFIG_CHANGE_MSG.
+Spec: vhost-user, "Back-end message types", "Ring states" (suspended).
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import time
-from contextlib import suppress
-from typing import Final
+import select
+import struct
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from vq.errors import FrontendError
-from vq.message import HEADER, REPLY_FLAGS, BackendRequest, encode_backend_request
-from vq.payload import U64
+from vq import virtio as v
+from vq.errors import ConnectionClosed, ResourceError, UsageError, VqError
+from vq.message import BACKEND_REQUESTS, BackendRequest, Fds, fds_allowed
+from vq.request_queue import Done, RequestQueue
+
+if TYPE_CHECKING:
+    from vq.session import Session
 
 __all__ = ["BackendChannel"]
 
-ACK_BYTES: Final = HEADER.size + 8
-ACK_S: Final = 10.0  # that an ack may take
-
 
 class BackendChannel:
-    """One end of the channel.
+    """The channel of one back-end, for whatever connection there is.
 
     Parameters
     ----------
-    fd
-        Socket from the front-end; it stays the caller's.
+    epoll
+        Where the channel registers what it waits for.
+    warn
+        Called with a text for people.
 
-    Raises
-    ------
-    OSError
-        There is no room for another descriptor.
+    Attributes
+    ----------
+    broken : bool
+        The front-end has spoilt the channel of this connection, and brought no other since.
 
     Notes
     -----
-    Whatever is wrong with the channel raises `FrontendError` or `OSError`, and then it is of no use any more: the
-    caller closes it, and the connection goes on. Threading: one control thread.
+    Nothing here waits. Threading: one control thread; callbacks run in it.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._socket = socket.socket(fileno=os.dup(fd))
-        self._received = b""
-        self._due = False  # the configuration space has changed, and nobody has been told
-        self._asked_at: float | None = None  # an ack is awaited since
+    def __init__(self, epoll: select.epoll, warn: Callable[[str], None]) -> None:
+        self._epoll = epoll
+        self._warn = warn
+        self._session: Session | None = None
+        self._queue: RequestQueue | None = None
+        self._config_due = False  # the configuration space has changed, and the front-end has not been told
+        self.broken = False
+
+    # -- the connection --
+
+    def begin(self, session: Session) -> None:
+        """There is a connection."""
+        self._session = session
+        self.broken = False
+
+    def give(self, fd: int) -> None:
+        """The front-end has sent a socket, which stays the session's; it replaces the one before.
+
+        Raises
+        ------
+        OSError
+            There is no room for more descriptors.
+        """
+        queue = RequestQueue(fd, self._held)
+        self._drop(ResourceError("the front-end has replaced the back-end channel"))
+        self._queue = queue
+        self.broken = False
+        self._epoll.register(queue.fileno(), select.EPOLLIN)
+
+    def end(self) -> None:
+        """The connection is over; everything that waits fails."""
+        self._session = None
+        self._config_due = False
+        self._drop(ResourceError("the connection has ended"))
 
     def fileno(self) -> int:
-        """The descriptor to wait for: readable when `receive` has something to do."""
-        return self._socket.fileno()
+        """What is registered in the epoll now; -1 for nothing."""
+        return -1 if self._queue is None else self._queue.fileno()
 
-    def close(self) -> None:
-        """Close our copy of the socket; may be called twice."""
-        self._socket.close()
+    def dispatch(self) -> None:
+        """Serve the socket, which is ready; never raises for what the front-end did."""
+        if self._queue is not None:
+            try:
+                self._queue.dispatch()
+            except (VqError, OSError) as error:
+                self._give_up(error)
 
-    def give_up(self) -> None:
-        """End the conversation, so that the front-end knows too: the session holds the socket as well."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+    def flush(self) -> None:
+        """Say what can be said now: a ring may have been started, a feature negotiated."""
+        session = self._session
+        if session is None or self._queue is None or session.suspended:
+            return
+        if self._config_due:
+            self._config_due = False
+            if self.can_send(BackendRequest.CONFIG_CHANGE_MSG):
+                # Whoever has not answered so far shall know at least.
+                need_reply = not self._queue.overdue
+                self.send(BackendRequest.CONFIG_CHANGE_MSG, need_reply=need_reply, done=self._config_told)
+        try:
+            self._queue.flush()
+        except (VqError, OSError) as error:
+            self._give_up(error)
 
-    def announce_config(self, *, need_reply: bool) -> None:
-        """Say that the configuration space has changed: now, or as soon as the ack before has come.
+    def _held(self) -> bool:
+        return self._session is None or self._session.suspended
+
+    def _give_up(self, error: VqError | OSError) -> None:
+        """Go on without the channel; with an IOMMU the back-end ends the connection (`broken`)."""
+        reason = str(error)
+        if isinstance(error, ConnectionClosed):
+            reason = "the front-end closed the back-end channel, which lasts as long as the connection"
+        self._warn(f"back-end channel given up: {reason}")
+        self.broken = True
+        self._drop(ResourceError(f"the back-end channel is broken: {reason}"), hang_up=True)
+
+    def _drop(self, reason: VqError, *, hang_up: bool = False) -> None:
+        queue, self._queue = self._queue, None
+        if queue is not None:
+            self._epoll.unregister(queue.fileno())
+            queue.close(reason, hang_up=hang_up)
+
+    # -- requests --
+
+    def refusal(self, request: BackendRequest, *, with_fds: bool = False) -> VqError | None:
+        """Tell why a request could not be sent now.
 
         Parameters
         ----------
-        need_reply
-            REPLY_ACK was negotiated, so that an ack can be asked for.
+        request
+            Which.
+        with_fds
+            Whether descriptors go along.
+
+        Returns
+        -------
+        VqError or None
+            None: it can, though it may have to wait for a ring to be started.
         """
-        if self._asked_at is not None:
-            self._due = True
-            if time.monotonic() - self._asked_at > ACK_S:
-                raise self._wrong("ack", "missing", f"it must come within {ACK_S:.0f} s")
-            return
-        self._due = False
-        data = encode_backend_request(BackendRequest.CONFIG_CHANGE_MSG, need_reply=need_reply)
-        # MSG_DONTWAIT belongs to the call; the front-end could clear O_NONBLOCK, which belongs to the open socket.
-        if self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) != len(data):
-            raise self._wrong("stream", "full", "the front-end must read what it is sent")
-        if need_reply:
-            self._asked_at = time.monotonic()
+        session = self._session
+        if session is None or self._queue is None:
+            reason = "the front-end has given no back-end channel" if session is not None else "nobody is connected"
+            return ResourceError(f"{request.name}: {reason}")
+        rule = BACKEND_REQUESTS[request]
+        protocol = [v.VHOST_USER_PROTOCOL_F_BACKEND_REQ]
+        protocol += [] if rule.gate.protocol is None else [rule.gate.protocol]
+        protocol += [v.VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD] if with_fds or rule.fds is Fds.ONE else []
+        missing = [v.protocol_feature_names(v.mask(bit))[0] for bit in protocol if not session.negotiated(bit)]
+        if rule.gate.offered is not None and not v.has(session.features, rule.gate.offered):
+            missing += v.feature_names(v.mask(rule.gate.offered))
+        return UsageError(f"{request.name}: {', '.join(missing)} not negotiated") if missing else None
 
-    def receive(self) -> bool:
-        """Take the ack that was asked for; anything else is an error. False: the front-end has refused."""
+    def can_send(self, request: BackendRequest, *, with_fds: bool = False) -> bool:
+        """Whether `send` would take this request now."""
+        return self.refusal(request, with_fds=with_fds) is None
+
+    def send(
+        self,
+        request: BackendRequest,
+        payload: Any = None,
+        fds: Sequence[int] = (),
+        *,
+        need_reply: bool = False,
+        done: Done | None = None,
+    ) -> None:
+        """Send a request, as soon as it may be sent; does not wait.
+
+        Parameters
+        ----------
+        request
+            Which.
+        payload
+            Value for its codec (`vq.payload`), None for none.
+        fds
+            Descriptors to go along; they stay the caller's, who may close them at once.
+        need_reply
+            Ask for an ack. Where REPLY_ACK was not negotiated none can be asked for.
+        done
+            Called once, with a `VqError` or None, and with the descriptor of a SHARED_OBJECT_LOOKUP or None: when the
+            answer has come, or when a request that is not answered has been sent.
+
+        Raises
+        ------
+        UsageError
+            A feature that the request needs was not negotiated, or payload or descriptors do not suit it.
+        ResourceError
+            There is no connection, no channel, or too much waits already.
+        """
+        refusal = self.refusal(request, with_fds=bool(fds))
+        if refusal is not None:
+            raise refusal
+        assert self._session is not None
+        assert self._queue is not None
+        rule = BACKEND_REQUESTS[request]
         try:
-            data = self._socket.recv(ACK_BYTES - len(self._received), socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return True
-        if not data:
-            raise self._wrong("stream", "at its end", "the channel lasts as long as the connection")
-        if self._asked_at is None:
-            raise self._wrong("message", "unexpected", "only acks that were asked for come this way")
-        self._received += data
-        if len(self._received) < ACK_BYTES:
-            return True
-        reply, self._received = self._received, b""
-        request, flags, size = HEADER.unpack(reply[: HEADER.size])
-        if (request, flags, size) != (BackendRequest.CONFIG_CHANGE_MSG, REPLY_FLAGS, 8):
-            raise self._wrong("reply", (request, flags, size), "an ack is (2, 5, 8)")
-        self._asked_at = None
-        if self._due:
-            self.announce_config(need_reply=True)
-        return U64.decode(reply[HEADER.size :]) == 0
+            rule.payload.encode(payload)
+        except (struct.error, TypeError, ValueError) as error:
+            raise UsageError(f"{request.name}: {payload!r} is no payload of it: {error}") from error
+        allowed = fds_allowed(rule.fds, payload)
+        if len(fds) not in allowed:
+            raise UsageError(f"{request.name}: {len(fds)} descriptors; it takes {allowed.start}")
+        need_reply = need_reply and self._session.negotiated(v.VHOST_USER_PROTOCOL_F_REPLY_ACK)
+        try:
+            self._queue.send(request, payload, fds, need_reply=need_reply, done=done)
+        except OSError as error:
+            raise ResourceError(f"{request.name} cannot be sent", errno=error.errno or 0) from error
 
-    @staticmethod
-    def _wrong(field: str, value: object, limit: str) -> FrontendError:
-        return FrontendError("back-end channel: CONFIG_CHANGE_MSG", field, value, limit)
+    def config_changed(self) -> None:
+        """Say that the configuration space has changed, as soon as the front-end can be told.
+
+        While all rings stand it is told nothing; nor is one that has negotiated no way of telling it.
+        """
+        self._config_due = self._session is not None
+        self.flush()
+
+    def _config_told(self, failure: VqError | None, _fd: int | None) -> None:
+        if isinstance(failure, ResourceError):  # it has not been sent, or nobody knows
+            self._config_due = self._session is not None
+            self.flush()
+        elif failure is not None:
+            self._warn(f"{failure}; it may go on with the old values")

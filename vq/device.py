@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from vq.backend_channel import BackendChannel
 from vq.errors import FrontendError
 from vq.offer import Offer
 from vq_core.queue import Queue
@@ -28,8 +29,8 @@ class Device:
         Requests are completed in order and none outlives a crash, so that a ring resumes at its used index.
     report_fd : int or None
         Eventfd that is readable when a queue has been broken by its driver; who hosts the device waits for it.
-    config_changed : callable
-        The device calls it after it has changed its configuration space; its back-end tells the front-end.
+    channel : BackendChannel
+        Requests of the device to the front-end; its back-end sets it.
 
     Notes
     -----
@@ -42,7 +43,12 @@ class Device:
     posted_queues: Sequence[Queue] = ()
     in_order = False
     report_fd: int | None = None
-    config_changed: Callable[[], None] = staticmethod(lambda: None)
+    channel: BackendChannel | None = None
+
+    def config_changed(self) -> None:
+        """Tell the front-end that the configuration space has changed; the device calls it after that."""
+        if self.channel is not None:
+            self.channel.config_changed()
 
     def start(self) -> None:
         """Begin to serve the queues; called once, before any front-end comes."""

@@ -12,7 +12,9 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
@@ -20,8 +22,18 @@ from typing import Any, Final, Self
 from vq import virtio as v
 from vq.endpoint import Connector, listen
 from vq.errors import BackendError, ConnectionClosed, ResourceError, UsageError
-from vq.message import FRONTEND_REQUESTS, VERSION, Message, Request, encode, encode_request, request_name
+from vq.message import (
+    FRONTEND_REQUESTS,
+    VERSION,
+    Message,
+    Request,
+    Rule,
+    encode,
+    encode_request,
+    request_name,
+)
 from vq.payload import VRING_NOFD_MASK, Config, Log, Region, VringAddr, VringState
+from vq.request_server import Handler, RequestServer
 from vq.transport import Connection
 
 # Replies that may bring an fd, and that must not bring more than one.
@@ -64,6 +76,15 @@ class RingSetup:
     flags: int = 0
 
 
+class _Expected:
+    """A reply on its way, and the message when it has come."""
+
+    __slots__ = ("message",)
+
+    def __init__(self) -> None:
+        self.message: Message | None = None
+
+
 class Frontend:
     """A connection to a back-end; made by `connect`, `listen` or `adopt`.
 
@@ -80,6 +101,8 @@ class Frontend:
         What has been acknowledged so far.
     offered_features, offered_protocol_features
         What the back-end has offered.
+    channel
+        Serves the requests of the back-end, while we wait for something and in `serve`; None before `open_channel`.
     """
 
     def __init__(self, connection: Connection, *, timeout: float = 5.0) -> None:
@@ -89,6 +112,8 @@ class Frontend:
         self.offered_protocol_features = 0
         self.features = 0
         self.protocol_features = 0
+        self.channel: RequestServer | None = None
+        self._expected: deque[_Expected] = deque()  # replies on their way, in order
 
     @classmethod
     def connect(cls, path: str, *, timeout: float = 5.0) -> Self:
@@ -155,6 +180,8 @@ class Frontend:
     def close(self) -> None:
         """Close the connection: the back-end must then let go of everything."""
         self._connection.close()
+        if self.channel is not None:
+            self.channel.close()
 
     def has_protocol(self, bit: int) -> bool:
         """Tell whether a protocol feature has been acknowledged."""
@@ -185,14 +212,32 @@ class Frontend:
             The back-end ended the connection.
         """
         end = time.monotonic() + (self.timeout if timeout is None else timeout)
-        while True:
-            message = self._connection.receive()
-            if message is not None:
-                return message
-            left = end - time.monotonic()
-            if left <= 0:
-                raise BackendError("reply", "time", "over", f"nothing came within {timeout or self.timeout:g} s")
-            _wait(self._connection.fileno(), select.POLLIN, left)
+        message = None
+        while message is None:
+            message = self._receive_or_serve(end, timeout or self.timeout)
+        return message
+
+    def _receive_or_serve(self, end: float, timeout: float) -> Message | None:
+        """Wait for something to come and take it: a reply, or requests of the back-end, which are served."""
+        message = self._connection.receive()
+        if message is not None:
+            return message
+        left = end - time.monotonic()
+        if left <= 0:
+            raise BackendError("reply", "time", "over", f"nothing came within {timeout:g} s")
+        self._wait(left)
+        return None
+
+    def _wait(self, seconds: float, events: int = select.POLLIN) -> None:
+        """Wait for the main socket, and serve the channel, if there is one, once something comes there."""
+        channel = self.channel
+        poller = select.poll()
+        poller.register(self._connection.fileno(), events)
+        if channel is not None and not channel.closed:
+            poller.register(channel.fileno(), select.POLLIN | (select.POLLOUT if channel.wants_write else 0))
+        ready = [fd for fd, _ in poller.poll(max(0.0, seconds) * 1000)]
+        if channel is not None and channel.fileno() in ready:
+            channel.dispatch()
 
     def request(self, request: int, payload: Any = None, fds: Sequence[int] = ()) -> Any:
         """Send a request, and wait for its reply or ack if one is due.
@@ -242,13 +287,32 @@ class Frontend:
         self._transmit(encode_request(request, payload, need_reply=acked), fds)
         if rule.reply is None and not acked:
             return None
-        message = self.receive()
+        message = self._reply()
         try:
             self._check(request, message, acked)
         except BaseException:
             message.close()
             raise
         return None if acked else message
+
+    def _reply(self) -> Message:
+        """Wait for the reply to what was sent last.
+
+        Who serves the back-end meanwhile may send requests too (an IOTLB update, because of a miss): replies are handed
+        out in the order of the requests.
+        """
+        mine = _Expected()
+        self._expected.append(mine)
+        end = time.monotonic() + self.timeout
+        try:
+            while mine.message is None:
+                message = self._receive_or_serve(end, self.timeout)
+                if message is not None:
+                    self._expected.popleft().message = message
+            return mine.message
+        finally:
+            with suppress(ValueError):  # it has come
+                self._expected.remove(mine)
 
     def _check(self, request: int, message: Message, acked: bool) -> None:
         name = request_name(request)
@@ -267,8 +331,62 @@ class Frontend:
             left = end - time.monotonic()
             if left <= 0:
                 raise BackendError("request", "time", "over", f"the back-end read nothing for {self.timeout:g} s")
-            _wait(self._connection.fileno(), select.POLLOUT, left)
+            self._wait(left, select.POLLOUT)
             self._connection.flush()
+
+    # --- The back-end channel ----------------------------------------------------------------------------------------
+
+    def open_channel(self, handlers: Mapping[int, Handler] | None = None) -> RequestServer:
+        """Give the back-end a channel for its own requests; one that was given before is closed.
+
+        Parameters
+        ----------
+        handlers
+            Who serves which request; may be changed later (`RequestServer.handlers`). They run while we wait for a
+            reply, and in `serve`; they may send requests, except under a `receive` of the caller's own.
+
+        Raises
+        ------
+        UsageError
+            BACKEND_REQ was not negotiated.
+        """
+        if not self.has_protocol(v.VHOST_USER_PROTOCOL_F_BACKEND_REQ):
+            raise UsageError("open_channel: BACKEND_REQ was not negotiated; want it in negotiate()")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        server = RequestServer(ours, self.may_ask, handlers)
+        try:
+            with theirs:
+                self.request(Request.SET_BACKEND_REQ_FD, None, [theirs.fileno()])
+        except BaseException:
+            server.close()
+            raise
+        if self.channel is not None:
+            self.channel.close()
+        self.channel = server
+        return server
+
+    def may_ask(self, rule: Rule, with_fds: bool) -> bool:
+        """Whether the back-end may make a request, by what was negotiated."""
+        protocol, feature = rule.gate
+        return (
+            (protocol is None or self.has_protocol(protocol))
+            and (feature is None or v.has(self.features, feature))
+            and (not with_fds or self.has_protocol(v.VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD))
+        )
+
+    def serve(self, until: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Serve the back-end until a condition holds or the time is over; tells whether it holds."""
+        end = time.monotonic() + (self.timeout if timeout is None else timeout)
+        while not until():
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            poller = select.poll()
+            if self.channel is not None and not self.channel.closed:
+                poller.register(self.channel.fileno(), select.POLLIN)
+            if poller.poll(min(left, 0.01) * 1000) and self.channel is not None:
+                self.channel.dispatch()
+        return True
 
     # --- Negotiation -------------------------------------------------------------------------------------------------
 

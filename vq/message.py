@@ -275,6 +275,23 @@ BACKEND_REQUESTS: Final[dict[int, Rule]] = {
 }
 
 
+class Table(NamedTuple):
+    """The requests that one side can make, and what they are called."""
+
+    rules: dict[int, Rule]
+    requests: type[IntEnum]
+    prefix: str = ""
+
+    def name(self, request: int) -> str:
+        """Name a request for people, also an unknown one."""
+        known = request in self.rules
+        return self.prefix + self.requests(request).name if known else request_name(request, self.requests)
+
+
+FRONTEND: Final = Table(FRONTEND_REQUESTS, Request)
+BACKEND: Final = Table(BACKEND_REQUESTS, BackendRequest, "BACKEND_")
+
+
 # --- Messages ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,18 +310,21 @@ class Message:
     calls `close` in the end, on every path.
     """
 
-    __slots__ = ("_fds", "flags", "payload", "request")
+    __slots__ = ("_fds", "_table", "flags", "payload", "request")
 
-    def __init__(self, request: int, flags: int, payload: Any, fds: Iterable[int] = ()) -> None:
+    def __init__(
+        self, request: int, flags: int, payload: Any, fds: Iterable[int] = (), table: Table = FRONTEND
+    ) -> None:
         self.request = request
         self.flags = flags
         self.payload = payload
         self._fds = list(fds)
+        self._table = table
 
     @property
     def name(self) -> str:
         """The name of the request, for people."""
-        return request_name(self.request)
+        return self._table.name(self.request)
 
     @property
     def need_reply(self) -> bool:
@@ -372,7 +392,9 @@ def encode_ack(request: int, failed: bool) -> bytes:
     return encode(request, U64.encode(int(failed)), REPLY_FLAGS)
 
 
-def decode_header(data: bytes, *, reply: bool = False, error: type[PeerError] = FrontendError) -> Header:
+def decode_header(
+    data: bytes, *, reply: bool = False, error: type[PeerError] = FrontendError, table: Table = FRONTEND
+) -> Header:
     """Check the form of a header, including whether the announced size suits the request.
 
     Parameters
@@ -380,12 +402,14 @@ def decode_header(data: bytes, *, reply: bool = False, error: type[PeerError] = 
     data
         Exactly 12 bytes.
     reply
-        False: a request of the front-end. True: a reply of the back-end.
+        False: a request. True: the reply to one.
     error
         What to raise; `fatal` is always set, since after a wrong header nobody knows where the next one starts.
+    table
+        Whose requests the stream carries.
     """
     header = Header._make(HEADER.unpack(data))
-    name = request_name(header.request)
+    name = table.name(header.request)
 
     def wrong(field: str, value: object, limit: str) -> PeerError:
         return error(name, field, value, limit, fatal=True)
@@ -400,14 +424,20 @@ def decode_header(data: bytes, *, reply: bool = False, error: type[PeerError] = 
         raise wrong("flags", f"{header.flags:#x}", "a request must not have the reply bit")
     if header.size > PAYLOAD_MAX:
         raise wrong("size", header.size, f"the limit is {PAYLOAD_MAX} bytes")
-    codec = _codec(header.request, reply)
+    codec = _codec(header.request, reply, table)
     if not codec.fits(header.size):
         raise wrong("size", header.size, codec.limit())
     return header
 
 
 def decode(
-    header: Header, body: bytes, fds: list[int], *, reply: bool = False, error: type[PeerError] = FrontendError
+    header: Header,
+    body: bytes,
+    fds: list[int],
+    *,
+    reply: bool = False,
+    error: type[PeerError] = FrontendError,
+    table: Table = FRONTEND,
 ) -> Message:
     """Decode a message whose header has been checked; the message takes over the fds, and the list is empty afterwards.
 
@@ -418,11 +448,11 @@ def decode(
     FrontendError, BackendError
         The inner sizes or the number of fds are wrong; the fds are closed then.
     """
-    rule = FRONTEND_REQUESTS.get(header.request)
-    message = Message(header.request, header.flags, None, fds)
+    rule = table.rules.get(header.request)
+    message = Message(header.request, header.flags, None, fds, table)
     fds.clear()
     try:
-        message.payload = _codec(header.request, reply).decode(body)
+        message.payload = _codec(header.request, reply, table).decode(body)
     except ValueError as problem:
         message.close()
         raise error(message.name, "payload", "inconsistent", str(problem), fatal=True) from None
@@ -436,8 +466,8 @@ def decode(
     return message
 
 
-def _codec(request: int, reply: bool) -> Codec:
-    rule = FRONTEND_REQUESTS.get(request)
+def _codec(request: int, reply: bool, table: Table) -> Codec:
+    rule = table.rules.get(request)
     if rule is None:
         return RAW
     return (rule.reply or U64) if reply else rule.payload

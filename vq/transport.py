@@ -23,8 +23,8 @@ from contextlib import suppress
 from typing import Final
 
 from vq.errors import BackendError, ConnectionClosed, FrontendError, PeerError
-from vq.message import FDS_MAX, HEADER, Header, Message, close_fds, decode, decode_header, request_name
-from vq.reaper import close_socket
+from vq.message import FDS_MAX, FRONTEND, HEADER, Header, Message, Table, close_fds, decode, decode_header
+from vq.reaper import close_fd, close_socket
 
 SEND_BUFFER_MAX: Final = 64 * 1024
 _SO_PASSSEC: Final = 34
@@ -42,13 +42,17 @@ class Connection:
     sock
         Connected socket; the connection owns it from now on and makes it non-blocking.
     replies
-        False: the peer is a front-end, requests come in. True: the peer is a back-end, replies come in.
+        False: requests come in. True: replies come in.
+    table
+        Whose requests the stream carries: with those of the front-end the peer is a front-end if requests come in and a
+        back-end if replies do; with those of the back-end it is the other way round.
     """
 
-    def __init__(self, sock: socket.socket, *, replies: bool = False) -> None:
+    def __init__(self, sock: socket.socket, *, replies: bool = False, table: Table = FRONTEND) -> None:
         self._sock = sock
         self._replies = replies
-        self._error: type[PeerError] = BackendError if replies else FrontendError
+        self._table = table
+        self._error: type[PeerError] = BackendError if replies == (table is FRONTEND) else FrontendError
         self._header = b""
         self._body = b""
         self._parsed: Header | None = None
@@ -70,6 +74,11 @@ class Connection:
     def wants_write(self) -> bool:
         """Whether `flush` has something to send when the socket can take it."""
         return bool(self._unsent)
+
+    @property
+    def amid_message(self) -> bool:
+        """Whether a part of a message has come, and the rest has not."""
+        return bool(self._header)
 
     def receive(self) -> Message | None:
         """Take the next message, or None if it has not come completely yet.
@@ -94,7 +103,7 @@ class Connection:
             body = self._body
             self._header = self._body = b""
             self._parsed = None
-            return decode(header, body, self._fds, reply=self._replies, error=self._error)
+            return decode(header, body, self._fds, reply=self._replies, error=self._error, table=self._table)
         except BaseException:
             close_fds(self._fds)
             raise
@@ -108,7 +117,7 @@ class Connection:
             if not data:
                 self._end()
             self._header += data
-        self._parsed = decode_header(self._header, reply=self._replies, error=self._error)
+        self._parsed = decode_header(self._header, reply=self._replies, error=self._error, table=self._table)
         return True
 
     def _read_body(self, header: Header) -> bool:
@@ -155,7 +164,7 @@ class Connection:
         raise self._error(self._name(), "stream", "at its end", f"only {have} of {size} bytes came", fatal=True)
 
     def _name(self) -> str:
-        return request_name(self._parsed.request) if self._parsed else "header"
+        return self._table.name(self._parsed.request) if self._parsed else "header"
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send a message now as far as the socket takes it, the rest with `flush`.
@@ -227,8 +236,14 @@ class Connection:
         with suppress(OSError):  # the peer has closed already
             self._sock.shutdown(socket.SHUT_WR)
 
-    def close(self) -> None:
-        """Close the socket and every fd that waits in either direction. Does nothing the second time."""
+    def close(self, *, hang_up: bool = True) -> None:
+        """Close the socket and every fd that waits in either direction. Does nothing the second time.
+
+        Parameters
+        ----------
+        hang_up
+            False: the peer must not see an end, since others hold the same socket.
+        """
         self.closed = True
         close_fds(self._fds)
         for _, fds in self._unsent:
@@ -236,4 +251,7 @@ class Connection:
         self._unsent.clear()
         self._unsent_bytes = 0
         if self._sock.fileno() >= 0:
-            close_socket(self._sock)
+            if hang_up:
+                close_socket(self._sock)
+            else:
+                close_fd(self._sock.detach())

@@ -71,7 +71,6 @@ ONLY_REFUSED = {
 }
 # Parts of lines without a test here, and why.
 IN_PART = {
-    19: "net does not offer it; that no front-end delays a block device by it, tests/vq/test_blk_device.py shows",
     25: "with threads and verified packets; not under a thread sanitizer, which the interpreter is not built with",
 }
 
