@@ -86,6 +86,35 @@ def test_a_sweep_of_two_axes() -> None:
     assert {row["measure"] for row in record["rows"]} == {"latency"}
 
 
+def test_block_devices(tmp_path: Path) -> None:
+    plot = tmp_path / "a.svg"
+    words = ["blk", "verify=on", *SHORT, "--csv", str(tmp_path / "a.csv")]
+    record = final(bench(*words, "--json", "--plot", str(plot)))
+    assert record["ok"] is True and record["problems"] == [] and record["ratios"] == []
+    assert {run["settings"]["disk"] for run in record["runs"]} == {"null", "tmpfs"}
+    assert len(record["runs"]) == 4
+    for row in record["rows"]:
+        assert row["requests"] > 0 and row["low"] <= row["rate"] <= row["high"] and row["backend"] == "vq"
+    assert "thousand requests a second" in plot.read_text()
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == len(record["rows"]) + 1
+    out = bench("blk", "disk=null", *SHORT).stdout
+    for part in ("requests of 4096 bytes", "k requests/s", "every request was done", "vq bench blk disk=null"):
+        assert part in out, part
+
+
+def test_wrong_usage_of_the_block_benchmark(tmp_path: Path) -> None:
+    for words, code, text in (
+        (["size=64"], 2, "AXIS is disk, block"),
+        (["--peer-options", "aio=native"], 2, "--peer"),
+        (["--socket", "a", "--peer", "qemu-storage-daemon"], 2, "--socket"),
+        (["disk=null", "--socket", "a"], 2, "started here"),
+        (["depth=64", "descriptors=3"], 2, "larger ring"),
+        (["writes=1", "verify=on"], 2, "disk=tmpfs"),
+        (["--socket", str(tmp_path / "none")], 4, "none"),
+    ):
+        assert text in bench("blk", *words, code=code).stderr
+
+
 def test_polling_is_compared_in_pairs() -> None:
     record = final(bench("sweep", "poll=busy,adaptive", *SHORT, "--json"))
     for load in record["load_ratios"]:  # none if the cores' distance changed in every pair

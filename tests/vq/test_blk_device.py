@@ -5,101 +5,24 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from blk_rig import FLUSH, IN, OK, content, header, make_file
+from blk_front import PROTOCOL, Guest, fields, serving
+from blk_rig import FLUSH, IN, OK, content, make_file
 from vq import virtio as v
 from vq.devices.blk import BlkDevice
 from vq.errors import BackendError, UsageError
-from vq.frontend import Frontend, RingSetup
 from vq.message import Request
-from vq.payload import Config, Region
+from vq.payload import Config
 from vq.serve import Server
 from vq_core.disk import Disk
-from vq_core.driver import DriverQueue
-from vq_core.guest_memory import GuestMemory
 from waiting import wait_for
 
-PROTOCOL = v.mask(
-    v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
-    v.VHOST_USER_PROTOCOL_F_CONFIG, v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_STATUS,
-    v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
-)  # fmt: skip
-USUAL = v.mask(v.VIRTIO_F_VERSION_1, v.VIRTIO_BLK_F_FLUSH, v.VIRTIO_BLK_F_CONFIG_WCE)
 CHANGED = struct.pack("=III", 2, 1, 0)
 CHANGED_ACK_WANTED = struct.pack("=III", 2, 9, 0)
-
-
-def fields(space: bytes) -> dict[str, int]:
-    """Read a configuration space by the offsets of the specification (VIRTIO 1.3, 5.2.4): a second decoder."""
-    table = {
-        "capacity": (0, 8), "size_max": (8, 4), "seg_max": (12, 4), "cylinders": (16, 2), "blk_size": (20, 4),
-        "physical_block_exp": (24, 1), "alignment_offset": (25, 1), "min_io_size": (26, 2), "opt_io_size": (28, 4),
-        "writeback": (32, 1), "unused0": (33, 1), "num_queues": (34, 2), "max_discard_sectors": (36, 4),
-        "max_discard_seg": (40, 4), "discard_sector_alignment": (44, 4), "max_write_zeroes_sectors": (48, 4),
-        "max_write_zeroes_seg": (52, 4), "write_zeroes_may_unmap": (56, 1), "unused1": (57, 3),
-        "max_secure_erase_sectors": (60, 4), "max_secure_erase_seg": (64, 4), "secure_erase_sector_alignment": (68, 4),
-    }  # fmt: skip
-    return {name: int.from_bytes(space[at : at + size], "little") for name, (at, size) in table.items()}
-
-
-class Guest:
-    """A front-end with one running request queue, and a back-end channel."""
-
-    def __init__(self, path: str, features: int = USUAL, protocol: int = PROTOCOL, *, channel: bool = True) -> None:
-        self.frontend = Frontend.connect(path, timeout=10)
-        self.features = self.frontend.negotiate(features, protocol)
-        self.ours, theirs = socket.socketpair()
-        self.ours.settimeout(10)
-        if channel:
-            self.frontend.request(Request.SET_BACKEND_REQ_FD, None, [theirs.fileno()])
-        theirs.close()
-        self.frontend.set_features(self.features)
-        self.memory = GuestMemory(1 << 20)
-        regions = self.memory.regions
-        self.frontend.set_mem_table([Region(*row[:4]) for row in regions], [row[4] for row in regions])
-        self.driver = DriverQueue(self.memory, 64, features=self.features)
-
-    def start(self) -> None:
-        driver = self.driver
-        ring = RingSetup(0, driver.size, *driver.addresses, driver.used_idx, driver.kick_fd, driver.call_fd, None)
-        self.frontend.start_ring(ring)
-
-    def ask(self, kind: int, data: bytes = b"", size: int = 0) -> int:
-        buffer = self.driver.add([header(kind), data] if data else [header(kind)], [size, 1] if size else [1])
-        self.driver.publish()
-        self.driver.kick()
-        wait_for(self.driver.poll)
-        return bytes(buffer.writable[-1])[0]
-
-    def config(self) -> dict[str, int]:
-        return fields(self.frontend.get_config(0, 60))
-
-    def close(self) -> None:
-        self.frontend.close()
-        self.ours.close()
-        self.driver.close()
-        self.memory.close()
-
-
-@contextmanager
-def serving(disk: Disk, path: str, **options: Any) -> Iterator[Server]:
-    """A server in a thread."""
-    server = Server(BlkDevice(disk, **options), path=path)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.request_stop()
-        thread.join(10)
-        server.close()
 
 
 @pytest.fixture

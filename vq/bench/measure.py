@@ -17,7 +17,7 @@ from vq_core.driver import BrokenRingError
 from vq_core.roundtrip import RoundTrip
 from vq_core.traffic import Exchange
 
-__all__ = ["PERCENTILES", "Ended", "Run", "measure"]
+__all__ = ["PERCENTILES", "WARM_UP", "Ended", "Run", "drive", "measure"]
 
 PERCENTILES: Final = {"p50": 50.0, "p99": 99.0, "p99_9": 99.9}
 WARM_UP: Final = 0.2  # of the counted seconds
@@ -154,9 +154,9 @@ def _throughput(
         )
 
     with open_link(opened.path, settings, make) as exchange:
-        _drive(exchange, lambda: exchange.run(duration=seconds * WARM_UP), ended)
+        drive(exchange, lambda: exchange.run(duration=seconds * WARM_UP), ended)
         begin, started, work = exchange.counters, exchange.seconds, opened.work()
-        _drive(exchange, lambda: exchange.run(duration=seconds), ended)
+        drive(exchange, lambda: exchange.run(duration=seconds), ended)
         counters, passed = exchange.counters, exchange.seconds - started
         packets = counters["verified"] - begin["verified"]
         return {
@@ -175,10 +175,10 @@ def _latency(target: Target, opened: Opened, settings: Settings, seconds: float,
         )  # fmt: skip
 
     with open_link(opened.path, settings, make) as trips:
-        _drive(trips, lambda: trips.run(seconds * WARM_UP), ended)
+        drive(trips, lambda: trips.run(seconds * WARM_UP), ended)
         trips.forget()
         work = opened.work()
-        _drive(trips, lambda: trips.run(seconds), ended)
+        drive(trips, lambda: trips.run(seconds), ended)
         counters, nanoseconds = trips.counters, trips.nanoseconds
     packets = counters["verified"]
     passed = float(nanoseconds.sum()) / 1e9 + packets * settings.pause / 1e6
@@ -213,7 +213,7 @@ def _spent(before: Work | None, after: Work | None, seconds: float) -> _Spent:
     }
 
 
-def _drive(engine: Driving, run: Callable[[], None], ended: Callable[[], bool]) -> None:
+def drive(engine: Driving, run: Callable[[], None], ended: Callable[[], bool]) -> None:
     """Run the driver in a thread of its own, and look now and then whether to end."""
     problems: list[BaseException] = []
 

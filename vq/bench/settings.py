@@ -6,12 +6,15 @@ import difflib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vq.errors import UsageError
 from vq.sub_burst import SUB_BURST, SUB_BURST_MAX
 
-__all__ = ["AXES", "Axis", "Settings", "parse_axes", "parse_axis", "points"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["AXES", "Axis", "Settings", "combinations", "parse_axes", "parse_axis", "points", "words_of"]
 
 SIZE_MIN: Final = 64  # bytes: room for number, length and checksum
 SIZE_MAX: Final = 65535
@@ -70,9 +73,13 @@ class Settings:
 
     def words(self, *, but: Sequence[str] = ()) -> str:
         """What differs from the defaults, for people; without the axes named in `but`."""
-        default = Settings()
-        names = [f.name for f in fields(self) if f.name not in but]
-        return " ".join(f"{n}={getattr(self, n)}" for n in names if getattr(self, n) != getattr(default, n))
+        return words_of(self, Settings(), but)
+
+
+def words_of(settings: DataclassInstance, default: DataclassInstance, but: Sequence[str] = ()) -> str:
+    """What of some settings differs from the defaults, for people; without the axes named in `but`."""
+    names = [f.name for f in fields(settings) if f.name not in but]
+    return " ".join(f"{n}={getattr(settings, n)}" for n in names if getattr(settings, n) != getattr(default, n))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +155,7 @@ AXES: Final[Mapping[str, Axis]] = {
 }
 
 
-def parse_axis(text: str) -> tuple[str, list[int | str]]:
+def parse_axis(text: str, known: Mapping[str, Axis] = AXES) -> tuple[str, list[int | str]]:
     """Read ``AXIS=VALUES``: values with commas, or ``LOW..HIGH``, doubled from LOW on. AXIS may have a hyphen for _.
 
     Returns
@@ -163,13 +170,14 @@ def parse_axis(text: str) -> tuple[str, list[int | str]]:
     """
     name, equals, rest = text.partition("=")
     name = name.replace("-", "_")
-    if not equals or not rest or name not in AXES:
-        near = difflib.get_close_matches(name, AXES, n=1)
+    if not equals or not rest or name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        example = "size=64,1518" if "size" in known else "depth=1,32"
         raise UsageError(
-            f"{text!r}: write AXIS=VALUES, such as size=64,1518 or ring=64..4096; AXIS is {', '.join(AXES)}"
+            f"{text!r}: write AXIS=VALUES, such as {example} or ring=64..4096; AXIS is {', '.join(known)}"
             + (f"; did you mean {near[0]}?" if near and near[0] != name else "")
         )
-    axis = AXES[name]
+    axis = known[name]
     values: list[int | str] = []
     for part in rest.split(","):
         low, dots, high = part.partition("..")
@@ -189,7 +197,7 @@ def _doubled(axis: Axis, low: str, high: str) -> list[int | str]:
     return [*values, *([last] if values[-1] != last else [])]
 
 
-def parse_axes(given: Sequence[str]) -> dict[str, list[int | str]]:
+def parse_axes(given: Sequence[str], known: Mapping[str, Axis] = AXES) -> dict[str, list[int | str]]:
     """Read several of them, in their order; each axis once.
 
     Raises
@@ -199,7 +207,7 @@ def parse_axes(given: Sequence[str]) -> dict[str, list[int | str]]:
     """
     axes: dict[str, list[int | str]] = {}
     for text in given:
-        name, values = parse_axis(text)
+        name, values = parse_axis(text, known)
         if name in axes:
             raise UsageError(f"{text}: {name} was given already; write its values with commas")
         axes[name] = values
@@ -211,16 +219,16 @@ def points(base: Settings, axes: Mapping[str, Sequence[int | str]]) -> list[Sett
 
     The first axis varies fastest: it is the x axis of a plot, the others make its lines.
     """
-    names = list(axes)
-    every = itertools.product(*(axes[name] for name in reversed(names)))
-    found = [_checked(replace(base, **_named(names, values))) for values in every]
-    if len(found) > POINTS_MAX:
-        raise UsageError(f"{len(found)} points; up to {POINTS_MAX} are measured in one go: give fewer values")
-    return found
+    return [_checked(replace(base, **values)) for values in combinations(axes)]
 
 
-def _named(names: Sequence[str], values: Sequence[int | str]) -> dict[str, Any]:
-    return dict(zip(reversed(names), values, strict=True))
+def combinations(axes: Mapping[str, Sequence[int | str]]) -> list[dict[str, Any]]:
+    """Every combination of the axes' values, by name; the first axis varies fastest."""
+    names = list(axes)[::-1]
+    every = list(itertools.product(*(axes[name] for name in names)))
+    if len(every) > POINTS_MAX:
+        raise UsageError(f"{len(every)} points; up to {POINTS_MAX} are measured in one go: give fewer values")
+    return [dict(zip(names, values, strict=True)) for values in every]
 
 
 _RULES: Final[Sequence[tuple[Callable[[Settings], bool], str]]] = (

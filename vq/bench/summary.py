@@ -11,7 +11,7 @@ from vq.bench.distance import FAR, MIXED, NEAR, UNKNOWN
 from vq.bench.measure import PERCENTILES, Run
 from vq.bench.settings import Settings
 
-__all__ = ["KNEE", "Row", "knee", "known_median", "rows_of"]
+__all__ = ["KNEE", "ORDER", "Row", "knee", "known_median", "rows_of"]
 
 KNEE: Final = 0.9  # of the best: what lies behind costs more than it brings
 ORDER: Final = (NEAR, UNKNOWN, FAR, MIXED)

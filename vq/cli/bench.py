@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 
 from vq.bench.cells import DIRECTIONS
 from vq.bench.settings import AXES, Settings, parse_axes, parse_axis, points
+from vq.cli.bench_blk import BLK_EPILOGUE, blk_bench
 from vq.cli.bench_options import Options
 from vq.cli.bench_peers import peers
 from vq.cli.bench_report import Stop, print_rows, progress, run_line
@@ -61,13 +62,14 @@ docs/tuning.md.
 """
 MORE: Final = """\
 Options of single commands: sweep --measure throughput|latency; peers --cells, --front-args, --busy-cycles, --settle; \
+blk --peer, --peer-options; \
 tune --size, --measure; see "vq bench COMMAND --help". """
 SIZES: Final = "size=64,128,256,512,1024,1518,4096,9000"
 LATENCIES: Final = ("pause=0,200", "poll=busy,adaptive", "driver=busy,sleep")
 LATENCY_AXES: Final = (
     "size", "ring", "layout", "poll", "event_idx", "mergeable", "in_order", "log", "sub_burst", "driver", "pause",
 )  # fmt: skip
-PARTS: Final = ("throughput", "latency", "sweep", "peers", "tune")
+PARTS: Final = ("throughput", "latency", "sweep", "peers", "tune", "blk")
 AXIS: Final = "AXIS=VALUES"
 
 
@@ -89,6 +91,8 @@ def bench_app() -> App:
     ):
         usage = f"Usage: vq bench {command.__name__} {words}[OPTIONS]"
         app.command(command, usage=usage, help=paragraphs(command.__doc__), help_epilogue=epilogue)
+    usage = "Usage: vq bench blk [AXIS=VALUES...] [OPTIONS]"
+    app.command(blk_bench, name="blk", usage=usage, help=paragraphs(blk_bench.__doc__), help_epilogue=BLK_EPILOGUE)
     return app
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from vq.cli.arguments import Whole, parse_cpus, positive_seconds
 from vq.errors import UsageError
 
-__all__ = ["Options", "Output", "check_repeat"]
+__all__ = ["BlkOptions", "Options", "Output", "check_repeat"]
 
 REPEAT_MAX = 1000
 
@@ -69,6 +69,27 @@ class Options(Output):
     def cpus(self) -> Sequence[int] | None:
         """The processors; None: not given."""
         return parse_cpus(self.cpu)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class BlkOptions(Options):
+    """How block back-ends are measured."""
+
+    socket: Annotated[str | None, Parameter(help="Measure the back-end that listens on this socket.")] = None
+    peer: Annotated[
+        Literal["qemu-storage-daemon"] | None, Parameter(help="Also measure this back-end, in alternated pairs.")
+    ] = None
+    peer_options: Annotated[
+        str, Parameter(help="More options of the peer's file, such as aio=io_uring.", show_default=False)
+    ] = ""
+
+    def check(self) -> None:
+        super().check()
+        if self.socket is not None and self.peer is not None:
+            raise UsageError("--socket and --peer exclude each other: a peer is started beside vq blk")
+        if self.peer_options and self.peer is None:
+            raise UsageError("--peer-options is for a --peer")
 
 
 def check_repeat(repeat: int) -> None:

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from vq.bench.curves import Panel
     from vq.bench.facts import Facts
     from vq.bench.measure import Run
     from vq.bench.summary import Row
     from vq.cli.bench_options import Options, Output
 
-__all__ = ["Stop", "fit", "print_rows", "print_table", "progress", "run_line", "save_csv"]
+__all__ = ["Stop", "draw", "fit", "print_rows", "print_table", "progress", "run_line", "save_csv"]
 
 FEW: Final = "-"
 NARROW: Final = 100  # columns of a table that nobody's terminal folds
@@ -270,15 +271,19 @@ def save_csv(options: Output, records: Sequence[dict[str, Any]]) -> None:
 
 def _plot(where: str, facts: Facts, target: str, rows: Sequence[Row]) -> None:
     from vq.bench.curves import panels_of, varying
-    from vq.bench.plot import TERMINAL, save_plot
 
     fixed = rows[0].settings.words(but=varying(rows))
     title = f"{rows[0].measure} of {target}" + (f" ({fixed})" if fixed else "")
     distances = [row.distance for row in rows if row.distance is not None]
     tags = ", ".join(dict.fromkeys(row.tag for row in rows))
     apart = f"cores {tags}" + (f", {min(distances):.0f} to {max(distances):.0f} ns" if distances else "")
-    caption = [*facts.lines(), apart]
-    panels = panels_of(rows)
+    draw(where, panels_of(rows), title, [*facts.lines(), apart])
+
+
+def draw(where: str, panels: Sequence[Panel], title: str, caption: Sequence[str]) -> None:
+    """Draw panels into a file, or into the terminal."""
+    from vq.bench.plot import TERMINAL, save_plot
+
     if where != TERMINAL:
         save_plot(where, panels, title, caption)
         return
