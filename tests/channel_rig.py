@@ -94,14 +94,16 @@ class Hosted:
 class Peer:
     """A front-end that has agreed on everything and shares memory; its rings stand."""
 
-    def __init__(self, path: str, *, features: int = FEATURES, protocol: int = ALL, timeout: float = 10) -> None:
+    def __init__(
+        self, path: str, *, features: int = FEATURES, protocol: int = ALL, queues: int = 2, timeout: float = 10
+    ) -> None:
         self.frontend = Frontend.connect(path, timeout=timeout)
         self.features = self.frontend.negotiate(features, protocol)
         self.frontend.set_features(self.features)
         self.memory = GuestMemory(1 << 20)
         regions = self.memory.regions
         self.frontend.set_mem_table([Region(*row[:4]) for row in regions], [row[4] for row in regions])
-        self.drivers = [DriverQueue(self.memory, 16, features=self.features) for _ in range(2)]
+        self.drivers = [DriverQueue(self.memory, 16, features=self.features) for _ in range(queues)]
 
     def ring(self, index: int, **changes: Any) -> RingSetup:
         driver = self.drivers[index]

@@ -86,9 +86,10 @@ class Guest:
         running: int | None = None,
         heir_of: Guest | None = None,
         memory: GuestMemory | None = None,
+        protocol: int = PROTOCOL,
     ) -> None:
         self.frontend = Frontend.listen(path, timeout=20) if listen else Frontend.connect(path, timeout=20)
-        self.features = self.frontend.negotiate(features, PROTOCOL)
+        self.features = self.frontend.negotiate(features, protocol)
         self.frontend.set_features(self.features)
         self.heir = heir_of is not None
         if heir_of is not None:

@@ -12,6 +12,7 @@ from vq import effects as e
 from vq import virtio as v
 from vq.device import Device
 from vq.errors import FrontendError
+from vq.inband import Inband
 from vq_core.dirty import DirtyLog
 from vq_core.memory import MemoryMap
 
@@ -33,6 +34,8 @@ class Applier:
         Called with a text for people: memory of a running ring was taken away, a dirty log was too small.
     channel_given
         Called with the socket of a new back-end channel, which stays the session's.
+    inband
+        Stands in for descriptors of rings whose notifications are messages.
 
     Notes
     -----
@@ -46,11 +49,13 @@ class Applier:
         changed: Callable[[], None] = lambda: None,
         warn: Callable[[str], None] = logger.warning,
         channel_given: Callable[[int], None] = lambda fd: None,
+        inband: Inband | None = None,
     ) -> None:
         self.device = device
         self.changed = changed
         self.warn = warn
         self.channel_given = channel_given
+        self.inband = inband
         self.features = 0
         self.memory: MemoryMap | None = None
         self.log: DirtyLog | None = None
@@ -121,7 +126,14 @@ class Applier:
     # -- rings --
 
     def _start_ring(self, effect: e.StartRing) -> None:
-        self._start(effect.ring)
+        if self.inband is None:
+            self._start(effect.ring)
+            return
+        try:
+            self._start(self.inband.resolve(effect.ring))
+        except BaseException:
+            self.inband.forget(effect.ring.index)
+            raise
 
     def _start(self, ring: e.RingConfig) -> None:
         if self.memory is None:
@@ -137,6 +149,8 @@ class Applier:
 
     def _stop_ring(self, effect: e.StopRing) -> int:
         base = int(self.device.queues[effect.index].stop())
+        if self.inband is not None:
+            self.inband.stop(effect.index)
         self.rings.pop(effect.index, None)
         self.waiting.pop(effect.index, None)
         self.changed()
@@ -167,9 +181,9 @@ class Applier:
         self.device.queues[effect.index].signal(effect.fd)
 
     def _kick(self, effect: e.Kick) -> None:
-        """A kick that came as a message: re-installing the kick descriptor makes the worker look again."""
+        """A kick that came as a message: a ring that has a kick descriptor all the same gets it anew, and looks."""
         ring = self.rings.get(effect.index)
-        if ring is not None:
+        if ring is not None and not (self.inband is not None and self.inband.kick(effect.index)):
             self.device.queues[effect.index].set_kick(ring.kick_fd)
 
     # -- features and log --

@@ -20,6 +20,7 @@ from vq.backend_channel import BackendChannel
 from vq.device import Device
 from vq.endpoint import Connector, Listener, adopt, listen
 from vq.errors import ConnectionClosed, FrontendError, GuestError, PeerError, ResourceError, UsageError, VqError
+from vq.inband import Inband
 from vq.reaper import Reaper
 from vq.session import Session
 from vq.transport import Connection
@@ -111,6 +112,7 @@ class Backend:
         self._epoll = select.epoll()
         self.channel = BackendChannel(self._epoll, self.warn)
         device.channel = self.channel
+        self._inband = Inband(self._epoll, self.channel)
         self._timer = Timer()
         self._reaper = Reaper()
         self._epoll.register(self._timer.fileno(), select.EPOLLIN)
@@ -174,6 +176,8 @@ class Backend:
             elif fd == self.channel.fileno():
                 self.channel.dispatch()
                 self.check()
+            else:
+                self._inband.dispatch(fd)
 
     def check(self) -> None:
         """End the connection if the front-end truncated memory or dirty log under us, or makes signals to it last."""
@@ -314,7 +318,7 @@ class Backend:
 
     def _begin(self, connection: Connection) -> None:
         self._connection = connection
-        self._applier = Applier(self.device, self._changed, self.warn, self.channel.give)
+        self._applier = Applier(self.device, self._changed, self.warn, self.channel.give, self._inband)
         self._session = Session(self.device.offer, self._applier)
         self.channel.begin(self._session)
         for queue in self.device.queues:
@@ -335,6 +339,7 @@ class Backend:
             if session is not None:
                 session.close()
                 self.device.reset()
+            self._inband.close()
             if connection is not None:
                 logger.info("device=%s disconnected=%r", self.device.name, reason)
                 self._epoll.unregister(connection.fileno())

@@ -211,6 +211,11 @@ class BackendChannel:
         except OSError as error:
             raise ResourceError(f"{request.name} cannot be sent", errno=error.errno or 0) from error
 
+    def forget(self, request: BackendRequest, payload: Any) -> None:
+        """Do not send what waits and is out of date; what somebody waits for stays."""
+        if self._queue is not None:
+            self._queue.forget(request, payload)
+
     def config_changed(self) -> None:
         """Say that the configuration space has changed, as soon as the front-end can be told.
 

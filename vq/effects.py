@@ -11,8 +11,10 @@ duplicates it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 __all__ = [
+    "INBAND",
     "AddRegion",
     "ClearLog",
     "ConfigRead",
@@ -39,6 +41,8 @@ __all__ = [
     "StartRing",
     "StopRing",
 ]
+
+INBAND: Final = -1  # in place of a ring's fd: what it would signal is a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ class RingConfig:
         Where to go on. Split: next available index, 16 bits. Packed: bits 0-14 position, 15 wrap counter, the same
         again in bits 16-31 for the used side.
     kick_fd, call_fd, err_fd
-        Borrowed and non-blocking; None = poll, and call nobody.
+        Borrowed and non-blocking; None = poll, and call nobody; INBAND = by messages.
     enabled
         Whether the ring may have side effects; a started but disabled ring processes without.
     packed

@@ -61,6 +61,8 @@ class RingSetup:
         The caller's fds; None says NOFD (no message at all for `err_fd`).
     log_guest_addr, flags
         Where the used ring lies for the dirty log, and whether it is logged (VHOST_VRING_F_LOG).
+    inband
+        Kick by VRING_KICK and be called by VRING_CALL, without fds (needs INBAND_NOTIFICATIONS and `open_channel`).
     """
 
     index: int
@@ -74,6 +76,7 @@ class RingSetup:
     err_fd: int | None = None
     log_guest_addr: int = 0
     flags: int = 0
+    inband: bool = False
 
 
 class _Expected:
@@ -477,6 +480,11 @@ class Frontend:
         self.request(Request.SET_VRING_NUM, VringState(ring.index, ring.num))
         self.request(Request.SET_VRING_BASE, VringState(ring.index, ring.base))
         self.set_ring_addresses(ring)
+        if ring.inband:
+            self.kick_ring(ring.index)
+            if enable:
+                self.enable_ring(ring.index, True)
+            return
         self.set_call(ring.index, ring.call_fd)
         if ring.err_fd is not None:
             self._ring_fd(Request.SET_VRING_ERR, ring.index, ring.err_fd)
@@ -492,6 +500,10 @@ class Frontend:
     def set_call(self, index: int, fd: int | None) -> None:
         """Replace the call fd, None = the back-end calls nobody."""
         self._ring_fd(Request.SET_VRING_CALL, index, fd)
+
+    def kick_ring(self, index: int) -> None:
+        """Kick by a message; the first one starts the ring."""
+        self.request(Request.VRING_KICK, VringState(index, 0))
 
     def enable_ring(self, index: int, enabled: bool) -> None:
         """Enable or disable a ring, if it can be said (VHOST_USER_F_PROTOCOL_FEATURES acknowledged)."""

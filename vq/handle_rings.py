@@ -65,6 +65,7 @@ def set_vring_kick(session: Session, message: Message, ring: RingState) -> None:
 def set_vring_call(session: Session, message: Message, ring: RingState) -> None:
     """Replace the call fd, at any time: QEMU does so whenever the guest masks its interrupt."""
     replace_output(session, message, ring, "call_fd", e.SetCall)
+    ring.by_message = False
 
 
 def set_vring_err(session: Session, message: Message, ring: RingState) -> None:
@@ -84,16 +85,17 @@ def vring_kick(session: Session, message: Message, ring: RingState) -> None:
     if ring.started:
         session.apply(e.Kick(ring.index))
     else:
-        start(session, message.name, ring, ring.kick_fd)
+        start(session, message.name, ring, e.INBAND if ring.kick_fd is None else ring.kick_fd)
 
 
 def start(session: Session, request: str, ring: RingState, kick_fd: int | None) -> None:
     """Start a ring on the message, without waiting for a kick: newer front-ends send none."""
+    inband = session.negotiated(v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS)
     try:
         if not session.regions:
             limit = "the front-end has shared no memory; give the guest memory with share=on, as vq pump prints it"
             raise FrontendError(request, f"ring {ring.index}", "without memory", limit)
-        session.apply(e.StartRing(ring.config(request, session.features, kick_fd)))
+        session.apply(e.StartRing(ring.config(request, session.features, kick_fd, inband=inband)))
     except VqError:
         if ring.err_fd is not None:
             with suppress(VqError):

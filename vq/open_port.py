@@ -184,11 +184,11 @@ OPENERS: Final[dict[str, Callable[[PortSpec, int, int, Callable[[], None]], Open
 def descriptors(spec: PortSpec) -> tuple[int, int]:
     """How many descriptors a port takes to be open, and how many at most with a peer that uses all that it offers.
 
-    Of a vhost port: listener, timer and epoll; then the connection, the dirty log, its log's eventfd, and kick, call
-    and err of each queue. Memory is mapped, and its descriptors are closed again.
+    Of a vhost port: listener, timer and epoll; then the connection, the dirty log, its log's eventfd, four of the
+    back-end channel, and kick, call and err of each queue. Memory is mapped, and its descriptors are closed again.
     """
     if spec.kind == "vhost":
-        return 3, 6 + 3 * 2 * spec.number("queues")
+        return 3, 10 + 3 * 2 * spec.number("queues")
     queues = spec.number("queues") if spec.kind == "tap" else 1
     return 1 + queues, 1 + queues
 

@@ -205,6 +205,10 @@ class RequestQueue:
         miss.finish(ResourceError("IOTLB_MSG: too many wait"))
         return True
 
+    def forget(self, request: BackendRequest, payload: Any) -> None:
+        """Do not send what waits, if it is this and nobody wants to know."""
+        self._waiting = [e for e in self._waiting if (e.request, e.payload) != (request, payload) or e.done]
+
     def flush(self) -> None:
         """Send what may be sent now.
 

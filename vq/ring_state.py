@@ -14,7 +14,7 @@ import os
 from typing import Literal
 
 from vq import virtio as v
-from vq.effects import RingConfig
+from vq.effects import INBAND, RingConfig
 from vq.errors import FrontendError
 from vq.payload import VringAddr
 from vq.reaper import close_fd
@@ -25,7 +25,7 @@ FdKind = Literal["kick_fd", "call_fd", "err_fd"]
 class RingState:
     """State of one ring; owns its three fds."""
 
-    __slots__ = ("addr", "base", "call_fd", "enabled", "err_fd", "index", "kick_fd", "num", "started")
+    __slots__ = ("addr", "base", "by_message", "call_fd", "enabled", "err_fd", "index", "kick_fd", "num", "started")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -34,6 +34,9 @@ class RingState:
         self.kick_fd: int | None = None
         self.started = False
         self.enabled = False
+        # Nothing has been said about a call fd. QEMU acknowledges in-band notifications like all that it is offered,
+        # does without them, and drops each call fd at a stop, to bring the next only after the start.
+        self.by_message = True
         self.forget_layout()
 
     def forget_layout(self) -> None:
@@ -52,7 +55,7 @@ class RingState:
         self.replace_fd("call_fd", None)
         self.replace_fd("err_fd", None)
 
-    def config(self, request: str, features: int, kick_fd: int | None) -> RingConfig:
+    def config(self, request: str, features: int, kick_fd: int | None, *, inband: bool = False) -> RingConfig:
         """Put together what the data plane needs to start the ring.
 
         Parameters
@@ -63,6 +66,8 @@ class RingState:
             Acknowledged features; they decide the layout.
         kick_fd
             The kick fd to start with, which the ring need not own yet.
+        inband
+            In-band notifications were negotiated.
 
         Raises
         ------
@@ -97,11 +102,14 @@ class RingState:
             flags=self.addr.flags & v.VHOST_VRING_F_LOG,
             base=base,
             kick_fd=kick_fd,
-            call_fd=self.call_fd,
-            err_fd=self.err_fd,
+            call_fd=self._output(self.call_fd, inband),
+            err_fd=self._output(self.err_fd, inband),
             enabled=self.enabled,
             packed=packed,
         )
+
+    def _output(self, fd: int | None, inband: bool) -> int | None:
+        return INBAND if fd is None and inband and self.by_message else fd
 
 
 def replace_fd(old: int | None, new: int | None) -> int | None:
