@@ -188,7 +188,7 @@ def _fds_of(effect: e.Effect) -> list[int]:
         case e.AddRegion(added):
             return [added.fd]
         case e.StartRing(ring):
-            return [fd for fd in (ring.kick_fd, ring.call_fd, ring.err_fd) if fd is not None]
+            return [fd for fd in (ring.kick_fd, ring.call_fd, ring.err_fd) if fd not in (None, e.INBAND)]
         case e.SetKick(_, fd) | e.SetCall(_, fd) | e.SetErr(_, fd):
             return [] if fd is None else [fd]
         case e.SignalErr(_, fd) | e.SetLog(fd):
