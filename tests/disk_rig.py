@@ -49,15 +49,21 @@ class DiskGuest:
         Of the guest; rings are laid out in its first region with room. It is closed with the guest.
     """
 
+    protocol = PROTOCOL
+
     def __init__(self, path: str, features: int, memory: GuestMemory) -> None:
         self.frontend = Frontend.connect(path, timeout=10)
-        self.features = self.frontend.negotiate(features, PROTOCOL)
+        self.features = self.frontend.negotiate(features, self.protocol)
         self.frontend.set_features(self.features)
         self.memory = memory
-        regions = memory.regions
-        self.frontend.set_mem_table([Region(*one[:4]) for one in regions], [one[4] for one in regions])
         self.driver = DriverQueue(memory, 64, features=self.features)
+        self.share()
         self.start()
+
+    def share(self) -> None:
+        """Send the memory table."""
+        regions = self.memory.regions
+        self.frontend.set_mem_table([Region(*one[:4]) for one in regions], [one[4] for one in regions])
 
     def start(self) -> None:
         driver = self.driver

@@ -51,6 +51,7 @@ NET_PROTOCOL_FEATURES = v.mask(
 SPLIT = v.mask(v.VHOST_USER_F_PROTOCOL_FEATURES, v.VIRTIO_F_VERSION_1)
 PACKED = SPLIT | v.mask(v.VIRTIO_F_RING_PACKED)
 USER = 0x7F66_5FFF_F000
+PLACE = 0x7E00_0000_0000  # of guest address 0 in a recorder
 
 
 def net_offer(**changes: Any) -> Offer:
@@ -120,6 +121,8 @@ class Recorder:
         self.next_base: dict[int, int] = {}
         self.features = 0
         self.regions: tuple[e.MemoryRegion, ...] = ()
+        self.prepared: tuple[e.MemoryRegion, ...] = ()
+        self.postcopy = False
         self.log: e.SetLog | None = None
         self.rings: dict[int, e.RingConfig] = {}
         self.enabled: set[int] = set()
@@ -148,6 +151,24 @@ class Recorder:
                 self.features = features
             case e.SetMemory(regions):
                 self.regions = regions
+            case e.AdvisePostcopy():
+                self.postcopy = True
+                return os.eventfd(0, os.EFD_CLOEXEC)
+            case e.PrepareMemory(regions):
+                assert self.postcopy
+                assert not self.prepared
+                self.prepared = regions
+                return tuple(PLACE + region.guest_addr for region in regions)
+            case e.AdoptMemory():
+                assert self.prepared
+                self.regions, self.prepared = self.prepared, ()
+            case e.EndPostcopy():
+                assert self.postcopy
+                assert not self.prepared
+                self.postcopy = False
+            case e.AbandonPostcopy():
+                assert self.postcopy
+                self.prepared, self.postcopy = (), False
             case e.AddRegion(added):
                 self.regions = (*self.regions, added)
             case e.RemoveRegion(gone):
@@ -183,7 +204,7 @@ class Recorder:
 
 def _fds_of(effect: e.Effect) -> list[int]:
     match effect:
-        case e.SetMemory(regions):
+        case e.SetMemory(regions) | e.PrepareMemory(regions):
             return [region.fd for region in regions]
         case e.AddRegion(added):
             return [added.fd]
@@ -217,6 +238,11 @@ class Peer:
             return None
         assert HEADER.unpack(reply[: HEADER.size])[0] == request
         return read_reply(reply)
+
+    def say_postcopy_table(self, table: tuple[Region, ...], fds: Sequence[int] = ()) -> Any:
+        """Send a memory table that is answered with a table."""
+        message = make_message(Request.SET_MEM_TABLE, table, fds or [self.memory_fd] * len(table))
+        return read_reply(self.session.receive(message))
 
     def acked(self, request: int, payload: Any = None, fds: Sequence[int] = ()) -> int:
         """Send a message with NEED_REPLY; returns the ack: 0 done, 1 refused."""

@@ -13,6 +13,7 @@ from vq import virtio as v
 from vq.device import Device
 from vq.errors import FrontendError
 from vq.inband import Inband
+from vq.postcopy import PostcopyMemory
 from vq_core.dirty import DirtyLog
 from vq_core.memory import MemoryMap
 
@@ -36,6 +37,8 @@ class Applier:
         Called with the socket of a new back-end channel, which stays the session's.
     inband
         Stands in for descriptors of rings whose notifications are messages.
+    wake
+        Called by another thread when `hopeless` has become true.
 
     Notes
     -----
@@ -50,6 +53,7 @@ class Applier:
         warn: Callable[[str], None] = logger.warning,
         channel_given: Callable[[int], None] = lambda fd: None,
         inband: Inband | None = None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device
         self.changed = changed
@@ -58,6 +62,7 @@ class Applier:
         self.inband = inband
         self.features = 0
         self.memory: MemoryMap | None = None
+        self.postcopy = PostcopyMemory(device.queues, wake)
         self.log: DirtyLog | None = None
         self.rings: dict[int, e.RingConfig] = {}
         self.waiting: dict[int, int] = {}  # base of each ring that stopped because its memory was taken away
@@ -73,6 +78,11 @@ class Applier:
     def lost(self) -> bool:
         """Whether the front-end has truncated a file that is in use: memory or dirty log."""
         return any(shared is not None and shared.lost for shared in (self.memory, self.log))
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether a worker has waited too long for a page of a postcopy migration, and its memory was taken away."""
+        return self.postcopy.hopeless
 
     @property
     def muted(self) -> bool:
@@ -98,6 +108,21 @@ class Applier:
             except KeyError as error:
                 raise ValueError(str(error)) from error
             self._publish(rest)
+
+    def _advise_postcopy(self, effect: e.AdvisePostcopy) -> int:
+        return self.postcopy.advise()
+
+    def _prepare_memory(self, effect: e.PrepareMemory) -> tuple[int, ...]:
+        return self.postcopy.prepare(effect.regions)
+
+    def _adopt_memory(self, effect: e.AdoptMemory) -> None:
+        self._publish(self.postcopy.adopt())
+
+    def _end_postcopy(self, effect: e.EndPostcopy) -> None:
+        self.postcopy.end()
+
+    def _abandon_postcopy(self, effect: e.AbandonPostcopy) -> None:
+        self.postcopy.abandon()
 
     def _publish(self, memory: MemoryMap | None) -> None:
         """Move all started rings over; one that does not lie in the new memory stops until it does again."""
@@ -261,6 +286,11 @@ class Applier:
     _table: ClassVar[dict[type, Callable[..., Any]]] = {
         e.SetMemory: _set_memory,
         e.AddRegion: _add_region,
+        e.AdvisePostcopy: _advise_postcopy,
+        e.PrepareMemory: _prepare_memory,
+        e.AdoptMemory: _adopt_memory,
+        e.EndPostcopy: _end_postcopy,
+        e.AbandonPostcopy: _abandon_postcopy,
         e.RemoveRegion: _remove_region,
         e.StartRing: _start_ring,
         e.StopRing: _stop_ring,

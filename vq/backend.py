@@ -21,6 +21,7 @@ from vq.device import Device
 from vq.endpoint import Connector, Listener, adopt, listen
 from vq.errors import ConnectionClosed, FrontendError, GuestError, PeerError, ResourceError, UsageError, VqError
 from vq.inband import Inband
+from vq.postcopy import PATIENCE_S
 from vq.reaper import Reaper
 from vq.session import Session
 from vq.transport import Connection
@@ -168,6 +169,7 @@ class Backend:
             if fd == self._timer.fileno():
                 self._timer.clear()
                 self._on_timer()
+                self.check()
             elif self._listener is not None and fd == self._listener.fileno():
                 if not leaving:
                     self._accept()
@@ -181,7 +183,11 @@ class Backend:
 
     def check(self) -> None:
         """End the connection if the front-end truncated memory or dirty log under us, or makes signals to it last."""
-        if self._applier is not None and self._applier.lost:
+        if self._applier is not None and self._applier.hopeless:
+            self._end("a page of the migrating guest did not come")
+            reason = f"the front-end let a worker wait {PATIENCE_S:.0f} s for a page of its guest, which is lost"
+            self._look_away(f"{reason}; none may come for {SENTENCE_S:.0f} s", SENTENCE_S)
+        elif self._applier is not None and self._applier.lost:
             reason = "the front-end truncated the memory that it shares; keep memory files at their size"
             self.warn(reason)
             self._end(reason)
@@ -191,6 +197,10 @@ class Backend:
             self._look_away(reason, SENTENCE_S)
         elif self.channel.broken and v.has(self.features, v.VIRTIO_F_ACCESS_PLATFORM):
             self._end("without a back-end channel no address can be asked for")
+
+    def _wake(self) -> None:
+        """Have `dispatch` called soon, from any thread."""
+        self._timer.set(0)
 
     def warn(self, text: str) -> None:
         """Log what a peer or guest did wrong; one that does it again and again does not fill the log.
@@ -318,7 +328,9 @@ class Backend:
 
     def _begin(self, connection: Connection) -> None:
         self._connection = connection
-        self._applier = Applier(self.device, self._changed, self.warn, self.channel.give, self._inband)
+        self._applier = Applier(
+            self.device, self._changed, self.warn, self.channel.give, self._inband, self._wake
+        )
         self._session = Session(self.device.offer, self._applier)
         self.channel.begin(self._session)
         for queue in self.device.queues:

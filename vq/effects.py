@@ -14,15 +14,23 @@ from dataclasses import dataclass
 from typing import Final
 
 __all__ = [
+<<<<<<< HEAD
     "INBAND",
+=======
+    "AbandonPostcopy",
+>>>>>>> f271c40 (Be the destination of a postcopy migration)
     "AddRegion",
+    "AdoptMemory",
+    "AdvisePostcopy",
     "ClearLog",
     "ConfigRead",
     "ConfigWrite",
     "Effect",
     "EnableRing",
+    "EndPostcopy",
     "Kick",
     "MemoryRegion",
+    "PrepareMemory",
     "RemoveRegion",
     "ResetDevice",
     "RingConfig",
@@ -81,6 +89,37 @@ class SetMemory:
     """Replace the whole memory table; started rings find their addresses again in the new one. Empty = forget all."""
 
     regions: tuple[MemoryRegion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdvisePostcopy:
+    """Open a userfaultfd in place of the one before; returns a copy of it (int), which the session owns."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareMemory:
+    """Map a whole memory table whose pages are still on their way, touching nothing.
+
+    Returns where each region lies in this process (tuple of int), in the order of `regions`: what the front-end tells
+    our page faults apart by, and no address for us.
+    """
+
+    regions: tuple[MemoryRegion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptMemory:
+    """Replace the memory table by the one that was prepared; who touches a page that has not come waits for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndPostcopy:
+    """All pages have come; let go of the userfaultfd."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonPostcopy:
+    """The connection ends in the middle of a postcopy migration: nobody may wait for a page any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +314,11 @@ class Kick:
 Effect = (
     SetFeatures
     | SetMemory
+    | AdvisePostcopy
+    | PrepareMemory
+    | AdoptMemory
+    | EndPostcopy
+    | AbandonPostcopy
     | AddRegion
     | RemoveRegion
     | StartRing

@@ -449,6 +449,47 @@ class Frontend:
         self.request(Request.SET_MEM_TABLE, tuple(regions), fds)
         self.barrier()
 
+    def postcopy_advise(self) -> int | None:
+        """Announce a postcopy migration; returns the back-end's userfaultfd, the caller's from here on, or None."""
+        return self.request_fd(Request.POSTCOPY_ADVISE)[1]
+
+    def postcopy_listen(self) -> None:
+        """From here on memory tables go by `send_postcopy_table`."""
+        self._must_be_done(Request.POSTCOPY_LISTEN)
+
+    def postcopy_end(self) -> None:
+        """All pages have come; the back-end has let go of the userfaultfd."""
+        self._must_be_done(Request.POSTCOPY_END)
+
+    def _must_be_done(self, request: int) -> None:
+        answer = self.request(request)
+        if answer != 0:
+            raise BackendError(request_name(request), "reply", answer, "the back-end refused; see its log")
+
+    def send_postcopy_table(self, regions: Sequence[Region], fds: Sequence[int]) -> tuple[Region, ...]:
+        """Give the memory table of a postcopy migration; the back-end may not touch it before `release_postcopy_table`.
+
+        Returns
+        -------
+        tuple of Region
+            The same regions, with where they lie in the back-end in place of `user_addr`: its page faults say so.
+        """
+        self._transmit(encode_request(Request.SET_MEM_TABLE, tuple(regions)), fds)
+        message = self.receive()
+        try:
+            self._check(Request.SET_MEM_TABLE, message, acked=False)
+            reply = message.payload
+        finally:
+            message.close()
+        if isinstance(reply, int) or [r[:2] for r in reply] != [tuple(r[:2]) for r in regions]:
+            raise BackendError("SET_MEM_TABLE", "reply", reply, "the same regions, with other addresses, were expected")
+        return tuple(reply)
+
+    def release_postcopy_table(self) -> None:
+        """Page faults are served: the back-end may use the table that was sent last."""
+        self._transmit(encode_request(Request.SET_MEM_TABLE, 0), ())
+        self.request(Request.GET_FEATURES)
+
     def add_region(self, region: Region, fd: int) -> None:
         """Add one region."""
         self.request(Request.ADD_MEM_REG, region, [fd])

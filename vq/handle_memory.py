@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vq import effects as e
 from vq.errors import FrontendError
+from vq.handle_postcopy import LISTENING, release_table, send_table
 from vq.message import Message
 from vq.payload import Log, Region
 from vq.region_table import ADDRESS_END, check_regions, live, same_region, with_fd
@@ -19,17 +20,23 @@ if TYPE_CHECKING:
     from vq.session import Session
 
 
-def set_mem_table(session: Session, message: Message) -> None:
+def set_mem_table(session: Session, message: Message) -> tuple[Region, ...] | None:
     """Replace the whole table, or keep the old one; the same table again changes nothing."""
+    if isinstance(message.payload, int):
+        release_table(session, message)
+        return None
     regions: tuple[Region, ...] = message.payload
     check_regions(message.name, regions)
     for fd in message.fds:
         check_memory_file(message.name, fd)
     table = tuple(live(region, fd) for region, fd in zip(regions, message.fds, strict=True))
+    if session.postcopy in LISTENING:
+        return send_table(session, message, regions, table)
     if table != session.regions:
         fds = message.fds
         session.apply(e.SetMemory(tuple(with_fd(region, fd) for region, fd in zip(regions, fds, strict=True))))
         session.regions = table
+    return None
 
 
 def get_max_mem_slots(session: Session, _: Message) -> int:

@@ -27,11 +27,11 @@ from vq.payload import (
     LOG_OR_WORD,
     LOG_REPLY,
     MEM_SINGLE,
-    MEM_TABLE,
     MMAP,
     PAYLOAD_MAX,
     RAW,
     SHMEM_CONFIG,
+    TABLE_OR_WORD,
     TRANSFER,
     U64,
     UUID,
@@ -143,7 +143,7 @@ def fds_allowed(rule: Fds, payload: Any) -> range:
         case Fds.ONE:
             few = many = 1
         case Fds.EACH_REGION:
-            few = many = len(payload)
+            few = many = 0 if isinstance(payload, int) else len(payload)
         case Fds.UNLESS_NOFD:
             word = payload if isinstance(payload, int) else payload.word
             few = many = 0 if word & VRING_NOFD_MASK else 1
@@ -185,6 +185,8 @@ class Rule(NamedTuple):
         What must have been negotiated.
     ack_always
         Front-ends wait for this ack whether or not REPLY_ACK was negotiated.
+    postcopy_reply
+        Codec of a reply that is only due in a postcopy migration, and of an ack at other times.
     """
 
     payload: Codec
@@ -192,6 +194,7 @@ class Rule(NamedTuple):
     reply: Codec | None = None
     gate: Gate = Gate()
     ack_always: bool = False
+    postcopy_reply: Codec | None = None
 
 
 R = Request
@@ -214,7 +217,7 @@ FRONTEND_REQUESTS: Final[dict[int, Rule]] = {
     R.SET_FEATURES: Rule(U64),
     R.SET_OWNER: Rule(EMPTY),
     R.RESET_OWNER: Rule(EMPTY),
-    R.SET_MEM_TABLE: Rule(MEM_TABLE, Fds.EACH_REGION),
+    R.SET_MEM_TABLE: Rule(TABLE_OR_WORD, Fds.EACH_REGION, postcopy_reply=TABLE_OR_WORD),
     R.SET_LOG_BASE: Rule(LOG_OR_WORD, Fds.WITH_LOG, LOG_REPLY, Gate(v.VHOST_USER_PROTOCOL_F_LOG_SHMFD)),
     R.SET_LOG_FD: Rule(EMPTY, Fds.ONE),
     R.SET_VRING_NUM: Rule(VRING_STATE),
@@ -381,7 +384,8 @@ def encode_backend_request(request: int, payload: Any = None, *, need_reply: boo
 
 def encode_reply(request: int, payload: Any) -> bytes:
     """Lay out the reply that the table prescribes for a request."""
-    codec = FRONTEND_REQUESTS[request].reply
+    rule = FRONTEND_REQUESTS[request]
+    codec = rule.reply or rule.postcopy_reply
     if codec is None:
         raise ValueError(f"{request_name(request)} has no reply of its own; use encode_ack")
     return encode(request, codec.encode(payload), REPLY_FLAGS)
@@ -470,4 +474,4 @@ def _codec(request: int, reply: bool, table: Table) -> Codec:
     rule = table.rules.get(request)
     if rule is None:
         return RAW
-    return (rule.reply or U64) if reply else rule.payload
+    return (rule.reply or rule.postcopy_reply or U64) if reply else rule.payload

@@ -13,6 +13,7 @@ from vq.devices.net import NetDevice
 from vq.errors import ResourceError, UsageError
 from vq.inherited import find_fd
 from vq.ports import PortSpec
+from vq.postcopy import check_userfault
 from vq_core.port import Port
 from vq_core.ports.gen import GenPort
 from vq_core.ports.null import NullPort
@@ -93,6 +94,8 @@ class OpenPort:
 
 
 def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
+    if spec.flag("postcopy"):
+        check_userfault()
     device = NetDevice(
         spec.name,
         pairs=spec.number("queues"),
@@ -100,6 +103,7 @@ def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[]
         mtu=spec.maybe_number("mtu"),
         packed=spec.get("layout") == "packed",
         slots=spec.get("slots") == "on",
+        postcopy=spec.flag("postcopy"),
     )
     if spec.inherited:
         backend = Backend(device, fd=find_fd(spec.inherited), changed=changed)
@@ -184,11 +188,19 @@ OPENERS: Final[dict[str, Callable[[PortSpec, int, int, Callable[[], None]], Open
 def descriptors(spec: PortSpec) -> tuple[int, int]:
     """How many descriptors a port takes to be open, and how many at most with a peer that uses all that it offers.
 
+<<<<<<< HEAD
     Of a vhost port: listener, timer and epoll; then the connection, the dirty log, its log's eventfd, four of the
     back-end channel, and kick, call and err of each queue. Memory is mapped, and its descriptors are closed again.
     """
     if spec.kind == "vhost":
         return 3, 10 + 3 * 2 * spec.number("queues")
+=======
+    Of a vhost port: listener, timer and epoll; then the connection, the dirty log, its log's eventfd, the userfaultfd
+    and its copy, and kick, call and err of each queue. Memory is mapped, and its descriptors are closed again.
+    """
+    if spec.kind == "vhost":
+        return 3, 6 + 2 * spec.flag("postcopy") + 3 * 2 * spec.number("queues")
+>>>>>>> f271c40 (Be the destination of a postcopy migration)
     queues = spec.number("queues") if spec.kind == "tap" else 1
     return 1 + queues, 1 + queues
 

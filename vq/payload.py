@@ -292,4 +292,6 @@ RAW: Final = _Raw()
 LOG_OR_WORD: Final = _Either(LOG, U64)
 # Back-ends answer SET_LOG_BASE with 0, 8 or 16 bytes (DPDK, libvhost-user, rust-vmm); front-ends accept all.
 LOG_REPLY: Final = _Either(LOG, U64, EMPTY)
+# In a postcopy migration a word releases a table that was sent, and a table is answered with a table.
+TABLE_OR_WORD: Final = _Either(MEM_TABLE, U64)
 CONFIG_REPLY: Final = _Either(CONFIG, EMPTY)

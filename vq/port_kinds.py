@@ -145,6 +145,11 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
                         default="on",
                         choices=("on", "off"),
                     ),
+                    Option(
+                        "postcopy",
+                        "flag",
+                        "let guests come here by postcopy migration; needs userfaultfd, and offers no memory slots",
+                    ),
                     Option("mode", "octal", "permission bits of the socket; without it the umask decides", 0, 0o777),
                     Option(
                         "mtu", "integer", "bytes of the longest packet to the guest, without Ethernet header", 68, 65535

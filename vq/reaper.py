@@ -20,7 +20,8 @@ from typing import Final
 __all__ = ["Reaper", "close_fd", "close_socket"]
 
 GRACE_S: Final = 0.05  # a closing that takes longer is one that hangs; until then it is waited for
-AT_ONCE: Final = ("anon_inode:[eventfd]", "pipe:[")  # no path: those begin with a slash, and can be anything
+# No path: those begin with a slash, and can be anything.
+AT_ONCE: Final = ("anon_inode:[eventfd]", "anon_inode:[userfaultfd]", "pipe:[")
 
 
 class Reaper:

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any, Final, NamedTuple
 
 from vq import effects as e
-from vq import handle_device, handle_features, handle_memory, handle_rings
+from vq import handle_device, handle_features, handle_memory, handle_postcopy, handle_rings
 from vq import virtio as v
 from vq.errors import FrontendError, ResourceError, UsageError, VqError
 from vq.message import FRONTEND_REQUESTS, Message, Request, Rule, close_fds, encode_ack, encode_reply
@@ -82,6 +82,8 @@ class Session:
         self.protocol_features = 0
         self.status = 0
         self.regions: tuple[LiveRegion, ...] = ()
+        self.postcopy = handle_postcopy.Postcopy.OFF
+        self.table_sent: tuple[LiveRegion, ...] = ()  # of postcopy: it waits for its release
         self.rings = [RingState(index) for index in range(offer.queue_count)]
         self.has_log = False
         self.log_fd: int | None = None
@@ -165,6 +167,8 @@ class Session:
             return
         self.closed = True
         last: list[e.Effect] = [e.StopRing(ring.index) for ring in self.rings if ring.started]
+        if self.postcopy is not handle_postcopy.Postcopy.OFF:
+            last.insert(0, e.AbandonPostcopy())  # a worker that waits for a page could not stop its ring
         if self.regions:
             last.append(e.SetMemory(()))
         if self.has_log:
@@ -197,7 +201,7 @@ class Session:
             result = transition.run(self, message, *self._ring_for(transition, message))
         except (VqError, OSError) as failure:
             return self._refuse(message, failure, ignore=transition.silent is Silent.IGNORE)
-        if self._has_own_reply(message.request):
+        if self._has_own_reply(message):
             return encode_reply(message.request, result)
         # Asked after the message took effect, so that the SET_PROTOCOL_FEATURES that turns REPLY_ACK on is acked.
         return encode_ack(message.request, failed=False) if self._can_ack(message) else None
@@ -206,7 +210,7 @@ class Session:
         """Nack if there is room for one; otherwise close (raise), or go on where nobody can be misled."""
         if isinstance(failure, OSError):
             failure = ResourceError(f"{message.name} failed", errno=failure.errno or 0)
-        if failure.fatal or self._has_own_reply(message.request) or not (ignore or self._can_ack(message)):
+        if failure.fatal or self._has_own_reply(message) or not (ignore or self._can_ack(message)):
             raise failure
         self.warn(str(failure))
         return encode_ack(message.request, failed=True) if self._can_ack(message) else None
@@ -216,9 +220,11 @@ class Session:
         always = rule is not None and rule.ack_always
         return message.need_reply and (always or self.negotiated(v.VHOST_USER_PROTOCOL_F_REPLY_ACK))
 
-    def _has_own_reply(self, request: int) -> bool:
-        rule = FRONTEND_REQUESTS.get(request)
-        if request == Request.SET_LOG_BASE:  # without LOG_SHMFD it is an older message that has none
+    def _has_own_reply(self, message: Message) -> bool:
+        rule = FRONTEND_REQUESTS.get(message.request)
+        if message.request == Request.SET_MEM_TABLE:
+            return self.postcopy in handle_postcopy.LISTENING and not isinstance(message.payload, int)
+        if message.request == Request.SET_LOG_BASE:  # without LOG_SHMFD it is an older message that has none
             return self.negotiated(v.VHOST_USER_PROTOCOL_F_LOG_SHMFD)
         return rule is not None and rule.reply is not None
 
@@ -272,6 +278,9 @@ TRANSITIONS: Final[dict[int, Transition]] = {
     R.GET_MAX_MEM_SLOTS: Transition(handle_memory.get_max_mem_slots),
     R.ADD_MEM_REG: Transition(handle_memory.add_mem_reg),
     R.REM_MEM_REG: Transition(handle_memory.rem_mem_reg),
+    R.POSTCOPY_ADVISE: Transition(handle_postcopy.advise),
+    R.POSTCOPY_LISTEN: Transition(handle_postcopy.listen),
+    R.POSTCOPY_END: Transition(handle_postcopy.end),
     R.SET_LOG_BASE: Transition(handle_memory.set_log_base),
     R.SET_LOG_FD: Transition(handle_memory.set_log_fd, silent=_IGNORE),
     R.SET_VRING_NUM: Transition(handle_rings.set_vring_num, _STOPPED),

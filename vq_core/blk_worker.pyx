@@ -72,7 +72,9 @@ cdef void _sleep(blk_worker_t* worker, mailbox_t* mailbox) noexcept nogil:
     if work or vq_load_u32(&mailbox.posted) != mailbox.done or vq_load_u32(&worker.pool.done_count):
         return
     worker.sleeps += 1
+    mailbox.asleep = 1
     epoll_wait(worker.epoll_fd, events, 16, -1)
+    mailbox.asleep = 0
 
 
 cdef void _loop(blk_worker_t* worker, mailbox_t* mailbox) noexcept nogil:
@@ -89,7 +91,7 @@ cdef void _loop(blk_worker_t* worker, mailbox_t* mailbox) noexcept nogil:
             work += blk_take(&worker.queues[i])
             blk_publish(&worker.queues[i])
         now = vq_cycles()
-        worker.rounds += 1
+        mailbox.rounds += 1
         if work:
             worker.busy_cycles += now - last
             empty = 0
@@ -217,7 +219,7 @@ cdef class BlkWorker:
 
     def snapshot(self):
         """dict: cpu, rounds, empty_rounds, busy_cycles, idle_cycles, sleeps since the start."""
-        return {"cpu": self.cpu, "rounds": self.worker.rounds, "empty_rounds": self.worker.empty_rounds,
+        return {"cpu": self.cpu, "rounds": self.mailbox.box.rounds, "empty_rounds": self.worker.empty_rounds,
                 "busy_cycles": self.worker.busy_cycles, "idle_cycles": self.worker.idle_cycles,
                 "sleeps": self.worker.sleeps}
 

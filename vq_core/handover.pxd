@@ -26,6 +26,8 @@ cdef struct mailbox_t:
     char _pad[64]            # what the worker writes lies on its own line
     uint32_t done            # commands finished
     uint32_t draining        # 1 while somebody drains
+    uint32_t asleep          # the worker waits in its epoll
+    uint64_t rounds          # that the worker has done
 
 cdef void mailbox_drain(mailbox_t* mailbox) noexcept nogil
 

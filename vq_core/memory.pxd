@@ -13,11 +13,15 @@ Invariants, established when the map is built and never checked again:
 memory of this map, or of one that it was made from: the range then holds zero pages, and whoever sees
 the flag stops using the map.
 
+In a postcopy migration a map `may_block`: who touches a page that has not come yet waits for the front-end
+(userfault.pxd). Only workers and their pools do so then, never the control thread.
+
 Threading: everything here may be used by any number of threads.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from vq_core.arch cimport vq_load_u32
+from vq_core.userfault cimport Userfault
 from vq_core.virtio cimport gpa_t, uva_t
 
 cdef struct region_t:
@@ -92,5 +96,8 @@ cdef class MemoryMap:
     cdef memory_t memory
     cdef object _flag         # holds what memory.lost points to; shared by all maps of a connection
     cdef list _mappings       # one _Mapping a region, sorted as the regions are
+    cdef Userfault _userfault     # None but for postcopy
+    cdef readonly bint may_block
+    cdef object __weakref__
 
     cdef int _fill(self, list mappings) except -1

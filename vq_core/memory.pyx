@@ -1,8 +1,10 @@
 """Memory maps from file descriptors (vhost-user: SET_MEM_TABLE, ADD_MEM_REG)."""
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport ENOSPC, errno as c_errno
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
+from vq_core.arch cimport vq_store_release_u32
+from vq_core.userfault cimport Userfault, userfault_register, userfault_unregister, userfault_wake
 from vq_core.virtio cimport gpa_t, uva_t
 
 import errno
@@ -19,7 +21,9 @@ cdef extern from "<sys/mman.h>" nogil:
     void* c_mmap "mmap"(void* addr, size_t length, int prot, int flags, int fd, long offset) noexcept
     int c_munmap "munmap"(void* addr, size_t length) noexcept
     int c_madvise "madvise"(void* addr, size_t length, int advice) noexcept
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE, MADV_DONTDUMP
+    int c_mprotect "mprotect"(void* addr, size_t length, int prot) noexcept
+    int PROT_NONE, PROT_READ, PROT_WRITE, MADV_DONTDUMP, MADV_NOHUGEPAGE
+    int MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE
     void* MAP_FAILED
 
 cdef extern from "<sys/vfs.h>" nogil:
@@ -135,6 +139,9 @@ cdef class MemoryMap:
     regions : sequence of (guest_addr, size, user_addr, mmap_offset, fd)
         Integers in bytes, as in a mem_region of vhost-user; `fd` is only used here and stays the
         caller's. 1 to 509 regions.
+    userfault : Userfault, optional
+        Postcopy: the pages are still on their way. Nothing can be touched until `open`, and then `may_block` holds
+        until `settle`.
 
     Raises
     ------
@@ -150,7 +157,7 @@ cdef class MemoryMap:
     Spec: vhost-user "Memory region description"; SET_MEM_TABLE.
     """
 
-    def __init__(self, regions):
+    def __init__(self, regions, Userfault userfault=None):
         self._flag = _Flag()
         regions = [tuple(int(field) for field in region) for region in regions]
         if not regions or self._mappings is not None:
@@ -158,6 +165,12 @@ cdef class MemoryMap:
         _check_table([region[:3] for region in regions])
         _check_room(len(regions))
         self._fill([_map(region, self._flag) for region in regions])
+        if userfault is not None:
+            self._userfault = userfault
+            self.may_block = True
+            for mapping in self._mappings:
+                _await_pages(mapping, userfault.fd)
+            userfault.add(self)
 
     cdef int _fill(self, list mappings) except -1:
         """Lay out the table of `mappings`, which passed _check_table."""
@@ -208,6 +221,42 @@ cdef class MemoryMap:
         return result
 
     @property
+    def host_addrs(self):
+        """dict of int by int: where each region lies in this process, by its guest_addr. For the front-end alone, which
+        tells our faults apart by it (vhost-user, SET_MEM_TABLE in a postcopy migration).
+        """
+        return {self.memory.regions[i].guest_addr: <uintptr_t>self.memory.regions[i].host
+                for i in range(self.memory.region_count)}
+
+    def open(self):
+        """Postcopy: the front-end serves our faults from here on, so that the memory can be used."""
+        cdef _Mapping mapping
+        for mapping in self._mappings:
+            if c_mprotect(mapping.start, mapping.length, PROT_READ | PROT_WRITE) != 0:
+                PyErr_SetFromErrno(OSError)
+
+    def settle(self):
+        """Postcopy is over: all pages have come. Who waits for one nevertheless gets zeroes."""
+        cdef _Mapping mapping
+        for mapping in self._mappings:
+            if userfault_unregister(self._userfault.fd, mapping.start, mapping.length) != 0 and not self.lost:
+                PyErr_SetFromErrno(OSError)
+        self.may_block = False
+
+    def forsake(self):
+        """Put zero pages in place of all memory, raise `lost` and wake who waits; nothing of it reaches the front-end.
+
+        Any thread may call it while the map is in use.
+        """
+        cdef _Mapping mapping
+        for mapping in self._mappings:
+            if c_mmap(mapping.start, mapping.length, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED:
+                PyErr_SetFromErrno(OSError)
+            vq_store_release_u32(&mapping.flag.lost, 1)
+            userfault_wake(self._userfault.fd, mapping.start, mapping.length)
+
+    @property
     def regions(self):
         """tuple of (guest_addr, size, user_addr): what is mapped, sorted by guest_addr."""
         return tuple((self.memory.regions[i].guest_addr, self.memory.regions[i].size, self.memory.regions[i].user_addr)
@@ -236,6 +285,19 @@ cdef class MemoryMap:
         if host == NULL:
             return None
         return hint - self.memory.regions, host - hint.host
+
+
+cdef int _await_pages(_Mapping mapping, int userfault_fd) except -1:
+    """Let the front-end put the pages of a mapping in place; until it says so nobody can touch one."""
+    if mapping.skip:
+        raise ValueError(f"memory region at guest address {mapping.key[0]:#x}: with postcopy it must begin on a page")
+    c_madvise(mapping.start, mapping.length, MADV_NOHUGEPAGE)     # pages come one by one
+    if c_mprotect(mapping.start, mapping.length, PROT_NONE) != 0:
+        PyErr_SetFromErrno(OSError)
+    if userfault_register(userfault_fd, mapping.start, mapping.length) != 0:
+        raise OSError(c_errno, f"memory region at guest address {mapping.key[0]:#x} cannot be moved by postcopy: share "
+                      "memory from a memfd, tmpfs or hugetlbfs")
+    return 0
 
 
 def _check_table(table):

@@ -2,7 +2,8 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from vq_core.arch cimport vq_exchange_u32, vq_load_acquire_u32, vq_load_u16, vq_load_u32, vq_store_release_u32
+from vq_core.arch cimport (vq_exchange_u32, vq_load_acquire_u32, vq_load_u16, vq_load_u32, vq_load_u64,
+                           vq_store_release_u32)
 from vq_core.counters cimport counters_snapshot, counters_work
 from vq_core.dirty cimport DirtyLog
 from vq_core.epoll cimport EPOLLIN, epoll_move
@@ -318,7 +319,8 @@ cdef class Queue:
             if self._batches and has_feature(features, VIRTIO_F_IN_ORDER):
                 change.wanted.ring.split.heads = <uint16_t*>elements
             self._begin_split(&change.wanted, num, base, features, in_order)
-        queue_place(&change.wanted)
+        if not memory.may_block:
+            queue_place(&change.wanted)
         self._begin = 0 if change.wanted.ring.is_packed else change.wanted.ring.split.last_avail_idx
         change.wanted.features = features
         change.wanted.indirect_limit = max(num, 1024)
@@ -493,14 +495,23 @@ cdef class Queue:
 
     @property
     def posted(self):
-        """bool: the driver has made something available since the ring was started."""
+        """bool: the driver has made something available since the ring was started, as far as that is known."""
         cdef packed_t* packed
         if not self.queue.started:
             return False
+        if self._memory.may_block:
+            return True          # nothing can be said without a look at it
         if self.queue.ring.is_packed:
             packed = &self.queue.ring.packed
             return packed.next_used != 0 or packed.known != 0 or bool(packed_has_more(packed))
         return vq_load_u16(&self.queue.ring.split.avail.idx) != self._begin
+
+    @property
+    def heartbeat(self):
+        """int or None: rounds that the queue's worker has done; None: it sleeps, or the queue has no worker."""
+        if self.mailbox is None or vq_load_u32(&self.mailbox.box.asleep):
+            return None
+        return vq_load_u64(&self.mailbox.box.rounds)
 
     @property
     def num(self):

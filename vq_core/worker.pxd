@@ -56,8 +56,7 @@ cdef struct worker_t:
     int epoll_fd
     bint stopping
     bint busy                    # never sleep
-    uint64_t rounds              # counters: one writer, the worker
-    uint64_t empty_rounds
+    uint64_t empty_rounds        # counters: one writer, the worker
     uint64_t busy_cycles
     uint64_t idle_cycles
     uint64_t sleeps

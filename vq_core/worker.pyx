@@ -161,7 +161,9 @@ cdef void _sleep(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
     if vq_load_u32(&mailbox.posted) != mailbox.done:
         return
     worker.sleeps += 1
+    mailbox.asleep = 1
     epoll_wait(worker.epoll_fd, events, 16, -1)
+    mailbox.asleep = 0
 
 
 cdef void _loop(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
@@ -183,7 +185,7 @@ cdef void _loop(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
             _account(&plan.flows[i], moved, now - last)
             worker.busy_cycles += now - last
             last = now
-        worker.rounds += 1
+        mailbox.rounds += 1
         if work:
             empty = 0
         else:
@@ -477,6 +479,6 @@ cdef class Worker:
 
     def snapshot(self):
         """dict: cpu, rounds, empty_rounds, busy_cycles, idle_cycles, sleeps since the start."""
-        return {"cpu": self.cpu, "rounds": self.worker.rounds, "empty_rounds": self.worker.empty_rounds,
+        return {"cpu": self.cpu, "rounds": self.mailbox.box.rounds, "empty_rounds": self.worker.empty_rounds,
                 "busy_cycles": self.worker.busy_cycles, "idle_cycles": self.worker.idle_cycles,
                 "sleeps": self.worker.sleeps}

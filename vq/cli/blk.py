@@ -44,6 +44,13 @@ def blk(
     poll: Annotated[
         Literal["adaptive", "busy"], Parameter(help="Sleep when there is nothing to do, or never.")
     ] = "adaptive",
+    postcopy: Annotated[
+        bool,
+        Parameter(
+            negative="", show_default=False,
+            help="Let guests come here by postcopy migration; needs userfaultfd, and offers no memory slots.",
+        ),
+    ] = False,
     json: Annotated[
         bool, Parameter(negative="", show_default=False, help="Print counters as JSON at the end.")
     ] = False,
@@ -71,6 +78,10 @@ def blk(
     inherited = None if fd is None else find_fd(fd)
     cpus = parse_cpus(cpu)
     logs.configure(verbose)
+    if postcopy:
+        from vq.postcopy import check_userfault
+
+        check_userfault()
     disk = _open(blk_file, null, read_only)
     if serial is not None:
         disk.set_id(serial)
@@ -78,7 +89,7 @@ def blk(
     from vq.serve import Server
 
     try:
-        device = BlkDevice(disk, queues=queues, cpus=cpus, poll=poll)
+        device = BlkDevice(disk, queues=queues, cpus=cpus, poll=poll, postcopy=postcopy)
     except BaseException:
         disk.close()
         raise

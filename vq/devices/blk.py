@@ -53,6 +53,8 @@ class BlkDevice(Device):
         A worker for each of these processors, which share the queues; None: one worker, wherever the kernel puts it.
     poll
         "adaptive": workers sleep when there is nothing to do. "busy": never.
+    postcopy
+        Offer to be the destination of a postcopy migration, which memory slots cannot be offered with.
 
     Raises
     ------
@@ -74,6 +76,7 @@ class BlkDevice(Device):
         packed: bool = True,
         cpus: Sequence[int] | None = None,
         poll: str = "adaptive",
+        postcopy: bool = False,
     ) -> None:
         if not 1 <= queues <= QUEUES_MAX:
             raise UsageError(f"{queues} queues; 1 to {QUEUES_MAX} are possible")
@@ -92,9 +95,13 @@ class BlkDevice(Device):
         features = COMMON_FEATURES | (v.mask(v.VIRTIO_BLK_F_RO) if disk.read_only else WRITABLE_FEATURES)
         if not packed:
             features &= ~v.mask(v.VIRTIO_F_RING_PACKED)
+        protocol = PROTOCOL_FEATURES
+        if postcopy:
+            protocol &= ~v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
+            protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
         self.offer = Offer(
             features,
-            PROTOCOL_FEATURES,
+            protocol,
             queue_count=queues,
             queue_num_answer=queues,
             config_size=v.VIRTIO_BLK_CONFIG_SIZE,

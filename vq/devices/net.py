@@ -46,6 +46,8 @@ class NetDevice(Device):
         Offer the packed ring layout beside the split one.
     slots
         Offer memory slots; without them a front-end sends the whole memory table for each change.
+    postcopy
+        Offer to be the destination of a postcopy migration, which memory slots cannot be offered with.
 
     Notes
     -----
@@ -64,6 +66,7 @@ class NetDevice(Device):
         mtu: int | None = None,
         packed: bool = True,
         slots: bool = True,
+        postcopy: bool = False,
     ) -> None:
         self.name = name
         self.port = VhostPort(name, pairs, report_fd)
@@ -71,8 +74,10 @@ class NetDevice(Device):
         self.posted_queues = self.queues[::2]
         features = FEATURES if packed else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
         protocol = PROTOCOL_FEATURES
-        if not slots:
+        if postcopy or not slots:
             protocol &= ~v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
+        if postcopy:
+            protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
         self.offer = Offer(features, protocol, queue_count=2 * pairs, queue_num_answer=pairs)
         self._default_mtu = self._mtu = mtu
         self._features = 0
