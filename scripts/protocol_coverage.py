@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from vq import virtio as v  # noqa: E402
 from vq.devices import blk, net  # noqa: E402
 from vq.message import BACKEND_REQUESTS, FRONTEND_REQUESTS, BackendRequest, Request, Rule  # noqa: E402
-from vq.offer import SERVED_PROTOCOL_FEATURES  # noqa: E402
+from vq.offer import POSTCOPY, SERVED_PROTOCOL_FEATURES  # noqa: E402
 from vq.session import TRANSITIONS  # noqa: E402
 
 DONE: Final = "done"
@@ -33,7 +33,7 @@ PROTOCOL_FEATURES: Final = "any protocol feature that is not offered"
 GROUPS: Final = (FEATURES, PROTOCOL_FEATURES)
 
 OFFERED: Final = net.FEATURES | blk.FEATURES
-OFFERED_PROTOCOL: Final = net.PROTOCOL_FEATURES | blk.PROTOCOL_FEATURES
+OFFERED_PROTOCOL: Final = net.PROTOCOL_FEATURES | blk.PROTOCOL_FEATURES | POSTCOPY  # that by an option
 BITS: Final = 64
 NET: Final = ("VIRTIO_NET_F_",)
 BLK: Final = ("VIRTIO_BLK_F_",)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from blk_rig import OUT, header
 from vq import virtio as v
@@ -23,9 +24,9 @@ PROTOCOL = v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_CON
 
 
 @contextmanager
-def serving(image: Path, path: str) -> Iterator[Server]:
+def serving(image: Path, path: str, **options: Any) -> Iterator[Server]:
     """A server for a file, in a thread."""
-    server = Server(BlkDevice(Disk(image)), path=path)
+    server = Server(BlkDevice(Disk(image), **options), path=path)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -43,13 +43,15 @@ class Pager:
     ----------
     memory
         Its pages are taken away now.
+    serving
+        Whether pages that are asked for come.
     """
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, *, serving: bool = True) -> None:
         self.rows = memory.regions
         self.asked = 0  # pages that the back-end has waited for
         self.heard = threading.Event()  # of the first of these
-        self.serving = True
+        self.serving = serving
         self._lock = threading.Lock()
         self._away: dict[tuple[int, int], bytes] = {}
         for number, (_, size, _, offset, fd) in enumerate(self.rows):
@@ -93,6 +95,14 @@ class Pager:
                 os.pwrite(row[4], page, row[3] + at)
         if self._uffd >= 0:
             fcntl.ioctl(self._uffd, WAKE, struct.pack("=QQ", self._places[number].user_addr + at, PAGE))
+
+    def move(self, places: tuple[Region, ...]) -> None:
+        """The back-end has mapped the memory anew: it lies somewhere else."""
+        self._places = places
+
+    def resident(self) -> int:
+        """Bytes of the memory that are there, whoever put them there."""
+        return sum(os.fstat(row[4]).st_blocks * 512 for row in self.rows)
 
     def bring_all(self) -> None:
         """Bring all pages that have not come."""
@@ -138,8 +148,11 @@ class MovingGuest(Guest):
     `packets` of them wait in the transmitq, and as many buffers in the receiveq.
     """
 
-    protocol = POSTCOPY
     packets = 64
+
+    def __init__(self, path: str, features: int, *, serving: bool = True) -> None:
+        self.serving = serving
+        super().__init__(path, features, protocol=POSTCOPY)
 
     def share(self) -> None:
         self.sent = [bytes([number]) * (60 + number * 20) for number in range(self.packets)]
@@ -148,7 +161,7 @@ class MovingGuest(Guest):
             self.transmitqs[0].add([bytes(12) + data])
         for driver in (self.receiveqs[0], self.transmitqs[0]):
             driver.publish()
-        self.pager = Pager(self.memory)
+        self.pager = Pager(self.memory, serving=self.serving)
         share(self.frontend, self.pager)
 
     def arrive(self) -> None:
@@ -166,13 +179,17 @@ class MovingDisk(DiskGuest):
 
     protocol = POSTCOPY
 
+    def __init__(self, path: str, features: int, memory: GuestMemory, *, serving: bool = True) -> None:
+        self.serving = serving
+        super().__init__(path, features, memory)
+
     def prepare(self) -> None:
         """Add requests."""
 
     def share(self) -> None:
         self.prepare()
         self.driver.publish()
-        self.pager = Pager(self.memory)
+        self.pager = Pager(self.memory, serving=self.serving)
         share(self.frontend, self.pager)
 
     def __exit__(self, *what: object) -> None:

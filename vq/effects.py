@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 __all__ = [
-<<<<<<< HEAD
     "INBAND",
-=======
     "AbandonPostcopy",
->>>>>>> f271c40 (Be the destination of a postcopy migration)
     "AddRegion",
     "AdoptMemory",
     "AdvisePostcopy",

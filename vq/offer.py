@@ -32,6 +32,14 @@ SERVED_PROTOCOL_FEATURES: Final = v.mask(
 UNSERVED_FEATURES: Final = v.mask(v.VIRTIO_F_ACCESS_PLATFORM, v.VIRTIO_F_NOTIFICATION_DATA)
 
 
+POSTCOPY: Final = v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
+
+
+def with_postcopy(protocol_features: int) -> int:
+    """Put postcopy in the place of memory slots: the specification excludes the one where the other is negotiated."""
+    return protocol_features & ~v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS) | POSTCOPY
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What a back-end offers to every front-end that connects; it must not shrink between connections.

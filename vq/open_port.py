@@ -188,19 +188,12 @@ OPENERS: Final[dict[str, Callable[[PortSpec, int, int, Callable[[], None]], Open
 def descriptors(spec: PortSpec) -> tuple[int, int]:
     """How many descriptors a port takes to be open, and how many at most with a peer that uses all that it offers.
 
-<<<<<<< HEAD
     Of a vhost port: listener, timer and epoll; then the connection, the dirty log, its log's eventfd, four of the
-    back-end channel, and kick, call and err of each queue. Memory is mapped, and its descriptors are closed again.
+    back-end channel, the userfaultfd and its copy, and kick, call and err of each queue. Memory is mapped, and its
+    descriptors are closed again.
     """
     if spec.kind == "vhost":
-        return 3, 10 + 3 * 2 * spec.number("queues")
-=======
-    Of a vhost port: listener, timer and epoll; then the connection, the dirty log, its log's eventfd, the userfaultfd
-    and its copy, and kick, call and err of each queue. Memory is mapped, and its descriptors are closed again.
-    """
-    if spec.kind == "vhost":
-        return 3, 6 + 2 * spec.flag("postcopy") + 3 * 2 * spec.number("queues")
->>>>>>> f271c40 (Be the destination of a postcopy migration)
+        return 3, 10 + 2 * spec.flag("postcopy") + 3 * 2 * spec.number("queues")
     queues = spec.number("queues") if spec.kind == "tap" else 1
     return 1 + queues, 1 + queues
 

@@ -16,7 +16,7 @@ HEAVY = {"asyncio", "cyclopts", "msgspec", "numpy", "pyroute2", "rich", "vq_core
 
 # The rooms without input and output: what they may not know, so that they can be tested and reused by themselves.
 SANS_IO = ["effects", "message", "payload", "session", "offer", "region_table", "ring_state", "virtio"]
-SANS_IO += ["handle_device", "handle_features", "handle_memory", "handle_rings"]
+SANS_IO += ["handle_device", "handle_features", "handle_memory", "handle_postcopy", "handle_rings"]
 SOCKETS = {"asyncio", "selectors", "socket", "ssl"}
 OUTER_ROOMS = {"vq.transport", "vq.endpoint", "vq.backend", "vq.frontend", "vq.pump", "vq.apply", "vq.cli"}
 

@@ -126,7 +126,7 @@ def test_layout(codec: object, value: object, layout: bytes) -> None:
         (HEADER.pack(2, 1, 0), "size"),
         (HEADER.pack(1, 1, 8), "size"),
         (HEADER.pack(3, 1, 8), "size"),
-        (HEADER.pack(5, 1, 8), "size"),  # no region at all
+        (HEADER.pack(5, 1, 12), "size"),
         (HEADER.pack(5, 1, 41), "size"),
         (HEADER.pack(5, 1, 8 + 32 * 33), "size"),
         (HEADER.pack(24, 1, 11), "size"),

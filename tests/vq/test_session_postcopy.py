@@ -7,7 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from vhost_rig import NET_PROTOCOL_FEATURES, PAGE, PLACE, SPLIT, Peer, close_because, make_message, memfd, net_offer, region
+from vhost_rig import (
+    NET_PROTOCOL_FEATURES,
+    PAGE,
+    PLACE,
+    SPLIT,
+    Peer,
+    close_because,
+    make_message,
+    memfd,
+    net_offer,
+    region,
+)
 from vq import effects as e
 from vq import virtio as v
 from vq.errors import UsageError

@@ -10,7 +10,7 @@ from typing import Any, Final
 from vq import virtio as v
 from vq.device import Device
 from vq.errors import FrontendError, UsageError
-from vq.offer import QUEUES_MAX, Offer
+from vq.offer import QUEUES_MAX, Offer, with_postcopy
 from vq_core.blk_worker import BlkWorker
 from vq_core.disk import Disk
 from vq_core.queue import Peer, Queue
@@ -95,13 +95,9 @@ class BlkDevice(Device):
         features = COMMON_FEATURES | (v.mask(v.VIRTIO_BLK_F_RO) if disk.read_only else WRITABLE_FEATURES)
         if not packed:
             features &= ~v.mask(v.VIRTIO_F_RING_PACKED)
-        protocol = PROTOCOL_FEATURES
-        if postcopy:
-            protocol &= ~v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
-            protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
         self.offer = Offer(
             features,
-            protocol,
+            with_postcopy(PROTOCOL_FEATURES) if postcopy else PROTOCOL_FEATURES,
             queue_count=queues,
             queue_num_answer=queues,
             config_size=v.VIRTIO_BLK_CONFIG_SIZE,

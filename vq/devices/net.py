@@ -6,7 +6,7 @@ from typing import Final
 
 from vq import virtio as v
 from vq.device import Device
-from vq.offer import Offer
+from vq.offer import Offer, with_postcopy
 from vq_core.ports.vhost import VhostPort
 
 __all__ = ["NetDevice"]
@@ -74,10 +74,10 @@ class NetDevice(Device):
         self.posted_queues = self.queues[::2]
         features = FEATURES if packed else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
         protocol = PROTOCOL_FEATURES
-        if postcopy or not slots:
+        if not slots:
             protocol &= ~v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
         if postcopy:
-            protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
+            protocol = with_postcopy(protocol)
         self.offer = Offer(features, protocol, queue_count=2 * pairs, queue_num_answer=pairs)
         self._default_mtu = self._mtu = mtu
         self._features = 0

@@ -1,0 +1,95 @@
+"""QEMU moves a guest by postcopy: it runs at its new place while most of its memory is still on the way.
+
+The destination's back-end meets pages that have not come, in rings and in buffers, and waits for each. That it does so
+is counted by QEMU, which hears of each page that a back-end asks for.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from interop import migration
+from interop.features import KINDS
+from interop.guest import Guest
+from interop.host import Host, Station
+from interop.process import wait_until
+from interop.rig import Rig
+from interop.traffic import assert_ping, bulk_data, listening
+
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.skipif(not Path("/dev/userfaultfd").exists(), reason="no /dev/userfaultfd"),
+]
+LAYOUTS = {"split": KINDS["defaults"], "packed": KINDS["packed_defaults"]}
+MIB = 1 << 20
+SLOWLY = {"max-bandwidth": 16 * MIB, "downtime-limit": 100, "max-postcopy-bandwidth": 16 * MIB}
+TRACE = ("-trace", "vhost_user_postcopy_fault_handler_found")  # a line for each page that a back-end asks for
+DIRTIER = "while true; do busybox dd if=/dev/urandom of=/tmp/dirty bs=1048576 count=24 conv=notrunc 2>/dev/null; done"
+SECONDS = 90
+
+
+class Bulk:
+    """Random data on its way by TCP while the guest moves."""
+
+    def __init__(self, source: Station, target: Station, port: int, mib: int) -> None:
+        self.target, self.source, self.mib = target, source, mib
+        path, self.digest = bulk_data(source, mib)
+        self.result = f"{target.scratch}/moved{port}"
+        digest = f"{{ busybox sha256sum > {self.result}.part; mv {self.result}.part {self.result}; }}"
+        target.background(f"sleep {2 * SECONDS} | busybox nc -l -p {port} | {digest}")
+        wait_until(f"{target.name} listens", listening(target, port), 10)
+        source.background(f"busybox nc {target.address} {port} < {path}")
+
+    def came_whole(self, target: Station) -> bool:
+        """Whether everything has come; what has changed on its way fails at once."""
+        if target.run(f"[ -e {self.result} ]").code != 0:
+            return False
+        assert target.check(f"cat {self.result}").split()[0] == self.digest
+        return True
+
+
+def asked(guest: Guest) -> int:
+    """Pages that back-ends have asked QEMU for."""
+    return len(re.findall("vhost_user_postcopy_fault_handler_found", guest.child.errors()))
+
+
+@pytest.mark.shows("POSTCOPY_ADVISE", "POSTCOPY_LISTEN", "POSTCOPY_END", "VHOST_USER_PROTOCOL_F_PAGEFAULT")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_guest_moves_by_postcopy_under_checked_traffic(rig: Rig, layout: str) -> None:
+    host: Host = rig.host()
+    kind = LAYOUTS[layout]
+    backend = rig.backend(
+        f"vhost:{rig.sock('a')},postcopy", f"vhost:{rig.sock('b')},postcopy", "tap:vq0", host=host, options=["-vv"]
+    )
+    source = rig.guest(rig.sock("a"), properties=kind.properties)
+    source.modprobe()
+    source.configure(2)
+    host.await_interface("vq0")
+    host.configure(1)
+    assert_ping(source, host, count=20)
+    out = Bulk(source, host, 7001, 48)
+    into = Bulk(host, source, 7002, 48)
+    source.background(DIRTIER)
+    time.sleep(1)
+    destination = rig.guest(
+        rig.sock("b"), boot=False, properties={**kind.properties, "mac": source.mac}, more=(*migration.INCOMING, *TRACE)
+    )
+    migration.prepare(destination, source)
+    migration.start(source, destination, capabilities=["postcopy-ram"], parameters=SLOWLY)
+    migration.wait_status(source, "active")
+    time.sleep(1)
+    source.qmp("migrate-start-postcopy")
+    migration.finish(source, destination)
+    found = migration.status(source)
+    source.kill()
+    assert found["ram"]["postcopy-requests"] > 0
+    assert asked(destination) > 0, "the back-end has met no page that was missing"
+    rig.note(f"{layout}: {found['ram']['postcopy-requests']} pages asked for, {asked(destination)} by the back-end")
+    wait_until("the data from the guest", lambda: out.came_whole(host), SECONDS, [destination.child])
+    wait_until("the data to the guest", lambda: into.came_whole(destination), SECONDS, [destination.child])
+    assert_ping(destination, host, count=50)
+    assert "POSTCOPY_END" in backend.child.errors()
