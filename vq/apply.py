@@ -163,6 +163,7 @@ class Applier:
     def _start(self, ring: e.RingConfig) -> None:
         if self.memory is None:
             raise ValueError("no memory table has been set")
+        self.device.ring_starting(ring.index)
         self.device.queues[ring.index].start(
             self.memory, ring.num, ring.desc, ring.avail, ring.used, ring.base, self.features,
             kick_fd=ring.kick_fd, call_fd=ring.call_fd, err_fd=ring.err_fd, enabled=ring.enabled,
@@ -176,6 +177,7 @@ class Applier:
         base = int(self.device.queues[effect.index].stop())
         if self.inband is not None:
             self.inband.stop(effect.index)
+        self.device.ring_stopped(effect.index)
         self.rings.pop(effect.index, None)
         self.waiting.pop(effect.index, None)
         self.changed()

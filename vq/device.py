@@ -68,6 +68,12 @@ class Device:
     def send_rarp(self, mac: bytes) -> None:
         """Announce a MAC address to the network (SEND_RARP)."""
 
+    def ring_starting(self, index: int) -> None:
+        """A ring is about to start; a ResourceError ends the connection instead."""
+
+    def ring_stopped(self, index: int) -> None:
+        """A ring has stopped: nothing of it is under way any more, and the front-end has not been told yet."""
+
     def reset(self) -> None:
         """Bring internal state back to its beginning (RESET_DEVICE); all rings are stopped."""
 

@@ -183,6 +183,7 @@ class Pump:
         duration: float | None = None,
         interval: float = 1.0,
         on_interval: Callable[[dict[str, Any]], None] | None = None,
+        alive: Callable[[], float] | None = None,
     ) -> dict[str, Any]:
         """Serve all connections until `request_stop`, the end of `duration`, or until all sources have finished.
 
@@ -196,6 +197,8 @@ class Pump:
             Seconds between two calls of `on_interval`.
         on_interval
             Gets a snapshot each time.
+        alive
+            Called in each turn of the loop; gives the seconds until it wants to be called again.
 
         Returns
         -------
@@ -230,6 +233,7 @@ class Pump:
             waits += [end - now] if end is not None else []
             waits += [DRAIN_S] if finite else []
             waits += [LOOK_S] if self._look_again() else []
+            waits += [alive()] if alive is not None else []
             self.dispatch(max(0.0, min(waits)) if waits else None)
         # Without workers every port has written out what it was given, and its counters are final.
         self._planner.clear()

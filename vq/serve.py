@@ -67,8 +67,7 @@ class Server:
         if self._closed:
             return
         self._closed = True
-        if self.backend is not None:
-            self.backend.close()
+        self.disconnect()
         self.device.close()
         self._epoll.close()
         os.close(self._wake_fd)
@@ -80,6 +79,11 @@ class Server:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def disconnect(self) -> None:
+        """End the connection and stop listening; the device is still there."""
+        if self.backend is not None:
+            self.backend.close()
 
     def request_stop(self) -> None:
         """Make `run` return soon."""
@@ -95,8 +99,24 @@ class Server:
         if not self._closed:
             os.eventfd_write(self._wake_fd, 1)
 
-    def run(self, duration: float | None = None) -> None:
-        """Serve until `request_stop`, the end of `duration` seconds, or the end of an inherited connection."""
+    def run(
+        self,
+        duration: float | None = None,
+        *,
+        changed: Callable[[], None] = lambda: None,
+        alive: Callable[[], float] | None = None,
+    ) -> None:
+        """Serve until `request_stop`, the end of `duration` seconds, or the end of an inherited connection.
+
+        Parameters
+        ----------
+        duration
+            Seconds; None: without end.
+        changed
+            Called after each turn of the loop: the state of the connection may have changed.
+        alive
+            Called in each turn of the loop; gives the seconds until it wants to be called again.
+        """
         if self._closed or self.backend is None:
             raise UsageError("the server was closed; make a new one")
         end = None if duration is None else time.monotonic() + duration
@@ -104,7 +124,9 @@ class Server:
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
                 break
-            self.dispatch(left)
+            waits = [wait for wait in (left, None if alive is None else alive()) if wait is not None]
+            self.dispatch(min(waits, default=None))
+            changed()
 
     def dispatch(self, timeout: float | None = 0.0) -> None:
         """Wait up to `timeout` seconds (None: until something comes) and serve what is there."""

@@ -1,9 +1,12 @@
 """What a block device keeps its data in: a file, a block device of the host, or nothing.
 
-A disk_t is shared by all threads of its device. `fd`, `read_only` and the kind never change; `capacity` and `stable`
+A disk_t is shared by all threads of its device. The fds, `read_only` and the kind never change; `capacity` and `stable`
 are single words that the control thread stores and everybody else loads.
 
 The functions wait for the kernel unless RWF_NOWAIT is among the flags. They return 0 or an errno.
+
+With `direct_fd` the page cache is passed by where offset, length and memory of a request fit the medium. What does not
+fit goes through the page cache, which the kernel keeps in agreement with the medium.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from posix.uio cimport iovec
@@ -14,6 +17,9 @@ cdef enum:
 
 cdef struct disk_t:
     int fd                       # -1: the null disk, which reads as zeroes and forgets what is written
+    int direct_fd                # the same without the page cache; -1: not wanted
+    uint32_t direct_bytes        # what its offsets, lengths and addresses are multiples of
+    uint32_t device_bytes        # logical block of a block device, a power of two; 0: a regular file
     bint read_only
     bint ready                   # reads and writes never wait for a device: memory, or nothing at all
     uint64_t capacity            # sectors

@@ -7,23 +7,32 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 import vq
-from vq.cli.service import guests
+from vq.bench.blk_link import open_blk_link
+from vq.bench.blk_settings import BlkSettings
+from vq.cli.service import Service, guests
+from vq.errors import VqError
 from vq.frontend import Frontend
 from vq.transport import Connection
 from waiting import wait_for
 
 COMMAND = [sys.executable, "-m", "vq", "pump"]
 NET = [sys.executable, "-c", "import sys; from vq.cli import main_net; sys.exit(main_net())"]
+BLK = [sys.executable, "-c", "import sys; from vq.cli import main_blk; sys.exit(main_blk())"]
+NULL_DISK = [*BLK, "--null=1M", "--queues=1"]
+CAPABILITIES = {"net": [], "block": ["read-only", "blk-file"]}
 # A service manager sets LISTEN_PID between fork and exec, as only the child knows its number.
 ACTIVATE = 'import os, sys; os.environ["LISTEN_PID"] = str(os.getpid()); os.execvp(sys.argv[1], sys.argv[1:])'
 
@@ -60,23 +69,83 @@ def can_connect(path: Path) -> bool:
         ["--fd=99", "--socket-path=/nowhere/a", "--cpu", "x", "--print-capabilities"],
     ],
 )
-@pytest.mark.parametrize("command", [COMMAND, NET], ids=["vq pump", "vq-net"])
-def test_capabilities_are_printed_whatever_stands_beside(command: list[str], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "kind"), [(COMMAND, "net"), (NET, "net"), (BLK, "block")], ids=["vq pump", "vq-net", "vq-blk"]
+)
+def test_capabilities_are_printed_whatever_stands_beside(command: list[str], kind: str, words: list[str]) -> None:
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == {"type": "net", "features": []}
+    assert json.loads(done.stdout) == {"type": kind, "features": CAPABILITIES[kind]}
 
 
-def test_the_descriptor_is_what_qemu_describes() -> None:
+@pytest.mark.parametrize(("name", "kind"), [("vq-net", "net"), ("vq-blk", "block")])
+def test_the_descriptor_is_what_qemu_describes(name: str, kind: str) -> None:
     folder = Path(vq.__file__).parent
-    (path,) = (folder / "share").iterdir()
+    (path,) = (path for path in (folder / "share").iterdir() if path.name.endswith(f"{name}.json"))
     assert re.fullmatch(r"\d\d-[\w-]+\.json", path.name)
     descriptor = json.loads(path.read_text())
     assert set(descriptor) <= {"description", "type", "binary", "tags"}
-    assert descriptor["type"] == "net"
+    assert descriptor["type"] == kind
     assert descriptor["binary"].startswith("/")
     scripts = tomllib.loads((folder.parent / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts[Path(descriptor["binary"]).name] == "vq.cli:main_net"
+    assert Path(descriptor["binary"]).name == name
+    assert scripts[name] == f"vq.cli:{name.replace('vq-', 'main_')}"
+
+
+def test_every_descriptor_is_tested() -> None:
+    assert len(list((Path(vq.__file__).parent / "share").iterdir())) == 2
+
+
+@pytest.mark.parametrize("command", [[*NET, "null:"], NULL_DISK], ids=["vq-net", "vq-blk"])
+def test_it_stays_in_the_foreground(command: list[str], tmp_path: Path) -> None:
+    """The program that was started is the one that serves, in the session and folder that it was given."""
+    path = tmp_path / "a.sock"
+    with running([*command, "--socket-path=a.sock"], cwd=tmp_path) as child:
+        wait_for(lambda: can_connect(path))
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            (pid, _, _) = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        assert pid == child.pid
+        assert os.getsid(child.pid) == os.getsid(0)
+        assert os.readlink(f"/proc/{child.pid}/cwd") == str(tmp_path)
+        assert os.readlink(f"/proc/{child.pid}/fd/2").startswith("pipe:")
+        child.send_signal(signal.SIGTERM)
+        ends(child)
+    assert not path.exists()
+
+
+def test_a_disk_on_a_connected_socket_is_served_until_its_end() -> None:
+    ours, theirs = socket.socketpair()
+    with running([*NULL_DISK, f"--fd={theirs.fileno()}"], pass_fds=[theirs.fileno()]) as child:
+        theirs.close()
+        with Frontend(Connection(ours, replies=True), timeout=20) as frontend:
+            frontend.negotiate(1 << 32, 1 << 9)
+            assert frontend.get_config(0, 8) == (2048).to_bytes(8, "little")
+        ends(child)
+
+
+def test_a_disk_ends_at_sigterm_with_requests_under_way(tmp_path: Path) -> None:
+    """What was acknowledged is in the file; the ring has no request half done."""
+    path, image = tmp_path / "a.sock", tmp_path / "disk.img"
+    image.write_bytes(bytes(4 << 20))
+    settings = BlkSettings(depth=32, writes=100, block=65536)
+    with running([*BLK, f"--socket-path={path}", f"--blk-file={image}", "--json"]) as child:
+        wait_for(lambda: can_connect(path))
+        # At the end it asks the rings to stop, and nobody is there any more.
+        with suppress(VqError, OSError), open_blk_link(str(path), settings, None) as load:
+            driver = threading.Thread(target=load.run, args=(60,))
+            driver.start()
+            try:
+                wait_for(lambda: load.counters["writes"] > 100)
+                child.send_signal(signal.SIGTERM)
+                report = json.loads(ends(child))
+            finally:
+                load.stop()
+                driver.join()
+        counters = load.counters
+        assert counters["failed"] == counters["changed"] == 0
+        assert sum(queue["writes"] for queue in report["queues"]) == counters["writes"] > 100
+    assert not path.exists()
 
 
 def test_the_socket_path_of_the_conventions(tmp_path: Path) -> None:
@@ -123,6 +192,56 @@ def test_a_service_manager_passes_sockets_and_hears_how_it_goes(tmp_path: Path) 
             assert manager.recv(1000) == b"STOPPING=1"
             ends(child)
         assert can_connect(path), "the socket stays the service manager's"
+
+
+def test_a_disk_of_a_service_manager(tmp_path: Path) -> None:
+    path, notify = tmp_path / "a.sock", tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(notify))
+        manager.settimeout(20)
+        environment = os.environ | {"NOTIFY_SOCKET": str(notify)}
+        with running([*NULL_DISK, f"--socket-path={path}"], env=environment) as child:
+            assert manager.recv(1000) == b"READY=1\nSTATUS=blk: listening"
+            with Frontend.connect(str(path), timeout=20):
+                assert manager.recv(1000) == b"STATUS=blk: connected"
+            assert manager.recv(1000) == b"STATUS=blk: listening"
+            child.send_signal(signal.SIGTERM)
+            assert manager.recv(1000) == b"STOPPING=1"
+            ends(child)
+
+
+@pytest.mark.parametrize("command", [[*NET, "null:"], NULL_DISK], ids=["vq-net", "vq-blk"])
+def test_the_watchdog_of_a_service_manager(command: list[str], tmp_path: Path) -> None:
+    """Signs of life come in less than the time that the service manager waits, though nothing else happens."""
+    notify = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(notify))
+        manager.settimeout(20)
+        environment = os.environ | {"NOTIFY_SOCKET": str(notify), "WATCHDOG_USEC": "200000"}
+        with running([*command, f"--socket-path={tmp_path / 'a.sock'}"], env=environment) as child:
+            assert manager.recv(1000).startswith(b"READY=1\n")
+            since = time.monotonic()
+            for _ in range(5):
+                assert manager.recv(1000) == b"WATCHDOG=1"
+            assert time.monotonic() - since > 0.3, "more often than twice in each period"
+            child.send_signal(signal.SIGSTOP)
+            manager.settimeout(1)
+            with pytest.raises(TimeoutError):  # a few may have been on their way
+                [manager.recv(1000) for _ in range(10)]
+            manager.settimeout(20)
+            child.send_signal(signal.SIGCONT)
+            assert manager.recv(1000) == b"WATCHDOG=1"
+            child.send_signal(signal.SIGTERM)
+            ends(child)
+
+
+@pytest.mark.parametrize("more", [{}, {"WATCHDOG_USEC": "x"}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_PID": "1"}])
+def test_no_watchdog_without_a_request_for_it(more: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    usual = {"WATCHDOG_USEC": "1000000"} if "WATCHDOG_PID" in more else {}
+    for name, value in {**usual, **more}.items():
+        monkeypatch.setenv(name, value)
+    assert Service().alive is None
 
 
 def test_an_abstract_name_of_a_service_manager() -> None:

@@ -31,7 +31,7 @@ from vq.errors import ConnectionClosed, GuestError, PeerError, UsageError, VqErr
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError
 
-__all__ = ["main", "main_net", "make_app"]
+__all__ = ["main", "main_blk", "main_net", "make_app"]
 
 OK: Final = 0
 FAILED: Final = 1
@@ -187,3 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def main_net() -> int:
     """Run ``vq-net``: ``vq pump`` as a program of its own, which management software starts with options only."""
     return main(["pump", *sys.argv[1:]])
+
+
+def main_blk() -> int:
+    """Run ``vq-blk``: ``vq blk`` as a program of its own, which management software starts with options only."""
+    return main(["blk", *sys.argv[1:]])

@@ -13,12 +13,14 @@ from vq.cli.arguments import Whole, parse_bytes, parse_cpus
 from vq.cli.conventions import CAPABILITIES_OPTION
 from vq.cli.hints import qemu_blk_options
 from vq.cli.output import check_output, write_json
+from vq.cli.service import Service
 from vq.cli.signals import Ending, ending_signals, handling
 from vq.errors import ResourceError, UsageError
 from vq.inherited import find_fd
 from vq.stats import encode
 
 if TYPE_CHECKING:
+    from vq.serve import Server
     from vq_core.disk import Disk
 
 __all__ = ["blk"]
@@ -36,6 +38,13 @@ def blk(
         Parameter(help="Instead of a file: a disk of this size (such as 16G) that reads as zeroes and keeps nothing."),
     ] = None,
     read_only: Annotated[bool, Parameter(negative="", show_default=False, help="Nothing is ever written.")] = False,
+    direct: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Pass by the host's page cache (O_DIRECT).")
+    ] = False,
+    no_lock: Annotated[
+        bool,
+        Parameter(negative="", show_default=False, help="Do not look whether another process writes to the file."),
+    ] = False,
     serial: Annotated[str | None, Parameter(help="Serial number, up to 20 bytes. Default: the file's name.")] = None,
     queues: Annotated[Whole, Parameter(help="Request queues, 1 to 256; give a guest one for each processor.")] = 4,
     cpu: Annotated[
@@ -82,14 +91,16 @@ def blk(
         from vq.postcopy import check_userfault
 
         check_userfault()
-    disk = _open(blk_file, null, read_only)
+    disk = _open(blk_file, null, read_only, direct)
     if serial is not None:
         disk.set_id(serial)
     from vq.devices.blk import BlkDevice
     from vq.serve import Server
 
     try:
-        device = BlkDevice(disk, queues=queues, cpus=cpus, poll=poll, postcopy=postcopy)
+        device = BlkDevice(
+            disk, queues=queues, cpus=cpus, poll=poll, postcopy=postcopy, lock=not no_lock
+        )
     except BaseException:
         disk.close()
         raise
@@ -111,25 +122,36 @@ def blk(
                     print(f"blk: {where}, {disk.path}, {size} bytes, {queues} queues", flush=True)
                     if socket_path is not None:
                         print(f"  QEMU: {qemu_blk_options(socket_path, queues)}", flush=True)
-            server.run()
+            service = Service()
+            service.ready(_status(server))
+            server.run(changed=lambda: service.status(_status(server)), alive=service.alive)
+            service.stopping()
+        server.disconnect()  # no request is under way any more when the counters are read
         snapshot = device.snapshot()
     if json:
         write_json(encode(snapshot))
     return 0
 
 
-def _open(path: str | None, null: str | None, read_only: bool) -> Disk:
+def _status(server: Server) -> str:
+    """What a service manager shows of us."""
+    return f"{server.device.name}: {server.backend.state if server.backend is not None else 'closed'}"
+
+
+def _open(path: str | None, null: str | None, read_only: bool, direct: bool) -> Disk:
     """Open the disk that was named."""
     from vq_core.disk import Disk
 
     if (path is None) == (null is None):
         raise UsageError("name one of --blk-file PATH and --null SIZE")
     if null is not None:
+        if direct:
+            raise UsageError("--direct is for a --blk-file; a null disk has no page cache")
         size = parse_bytes("--null", null)
         return Disk(None, read_only, size=size)
     assert path is not None
     try:
-        disk = Disk(path, read_only)
+        disk = Disk(path, read_only, direct=direct)
     except ValueError as error:
         raise UsageError(str(error)) from error
     except OSError as error:

@@ -14,7 +14,7 @@ from vq.cli.help_text import hanging
 from vq.cli.hints import describe
 from vq.cli.output import check_output
 from vq.cli.report import reports
-from vq.cli.service import Service
+from vq.cli.service import Service, guests
 from vq.cli.signals import ending_signals
 from vq.groups import parse_groups
 from vq.port_kinds import KINDS
@@ -96,11 +96,11 @@ def pump(
         with reports(json) as report:
 
             def each(now: dict[str, Any]) -> None:
-                service.status(now)
+                service.status(guests(now))
                 report.interval(now)
 
-            service.ready(running.snapshot())
-            final = running.run(duration, interval, each)
+            service.ready(guests(running.snapshot()))
+            final = running.run(duration, interval, each, service.alive)
             service.stopping()
             report.final(final)
     return 0

@@ -1,15 +1,16 @@
-"""What a service manager is told: that the pump is ready, how its guests are, that it stops (sd_notify(3))."""
+"""What a service manager is told: that we are ready, how it goes, that we live and that we stop (sd_notify(3))."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
-__all__ = ["Service"]
+__all__ = ["Service", "guests"]
 
 WAIT_S: Final = 1.0  # for a service manager that does not read; a pump without one is better than none
 
@@ -20,14 +21,16 @@ class Service:
     def __init__(self) -> None:
         self._address = os.environ.get("NOTIFY_SOCKET", "")
         self._status = ""
+        self._period = _watchdog_period() if self._address else None
+        self._due = time.monotonic()
 
-    def ready(self, now: Mapping[str, Any]) -> None:
+    def ready(self, status: str) -> None:
         """Say that the sockets listen and the workers run, with a first status."""
-        self._tell("READY=1", *self._news(now))
+        self._tell("READY=1", *self._news(status))
 
-    def status(self, now: Mapping[str, Any]) -> None:
+    def status(self, status: str) -> None:
         """Say how the guests are, when that has changed since the last time."""
-        news = self._news(now)
+        news = self._news(status)
         if news:
             self._tell(*news)
 
@@ -35,8 +38,21 @@ class Service:
         """Say that the end has begun."""
         self._tell("STOPPING=1")
 
-    def _news(self, now: Mapping[str, Any]) -> list[str]:
-        status = guests(now)
+    @property
+    def alive(self) -> Callable[[], float] | None:
+        """What the control loop calls in each of its turns if a watchdog waits for us: see `watchdog`."""
+        return None if self._period is None else self.watchdog
+
+    def watchdog(self) -> float:
+        """Say that we live, when that is due; gives the seconds until it is due again."""
+        assert self._period is not None
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + self._period
+            self._tell("WATCHDOG=1")
+        return self._due - now
+
+    def _news(self, status: str) -> list[str]:
         if status == self._status:
             return []
         self._status = status
@@ -50,6 +66,15 @@ class Service:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(WAIT_S)
             sock.sendto("\n".join(lines).encode(), address)
+
+
+def _watchdog_period() -> float | None:
+    """Seconds between two signs of life: half of what the service manager waits; None: it does not wait for us."""
+    text = os.environ.get("WATCHDOG_USEC", "")
+    meant = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    if not meant or not (text.isascii() and text.isdigit()) or int(text) == 0:
+        return None
+    return int(text) / 2e6
 
 
 def guests(now: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -9,13 +10,16 @@ from typing import Any, Final
 
 from vq import virtio as v
 from vq.device import Device
-from vq.errors import FrontendError, UsageError
+from vq.devices.disk_lock import NO_LOCKS, DiskLock
+from vq.errors import FrontendError, ResourceError, UsageError
 from vq.offer import QUEUES_MAX, Offer, with_postcopy
 from vq_core.blk_worker import BlkWorker
 from vq_core.disk import Disk
 from vq_core.queue import Peer, Queue
 
 __all__ = ["BlkDevice"]
+
+logger = logging.getLogger(__name__)
 
 COMMON_FEATURES: Final = v.mask(
     v.VIRTIO_BLK_F_SEG_MAX, v.VIRTIO_BLK_F_BLK_SIZE, v.VIRTIO_BLK_F_FLUSH, v.VIRTIO_BLK_F_TOPOLOGY, v.VIRTIO_BLK_F_MQ,
@@ -55,6 +59,8 @@ class BlkDevice(Device):
         "adaptive": workers sleep when there is nothing to do. "busy": never.
     postcopy
         Offer to be the destination of a postcopy migration, which memory slots cannot be offered with.
+    lock
+        Let no ring run while another process writes to the file, and keep others out while one runs.
 
     Raises
     ------
@@ -77,6 +83,7 @@ class BlkDevice(Device):
         cpus: Sequence[int] | None = None,
         poll: str = "adaptive",
         postcopy: bool = False,
+        lock: bool = True,
     ) -> None:
         if not 1 <= queues <= QUEUES_MAX:
             raise UsageError(f"{queues} queues; 1 to {QUEUES_MAX} are possible")
@@ -102,6 +109,7 @@ class BlkDevice(Device):
             queue_num_answer=queues,
             config_size=v.VIRTIO_BLK_CONFIG_SIZE,
         )
+        self._lock = DiskLock(disk.fileno(), read_only=disk.read_only) if lock and disk.fileno() >= 0 else None
         self._features = 0
         self._writeback = 1
         self._set_cache()
@@ -173,7 +181,38 @@ class BlkDevice(Device):
         self._features = features
         self._set_cache()
 
+    def ring_starting(self, index: int) -> None:
+        if self._lock is None:
+            return
+        try:
+            free = self._lock.hold()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("device=%s path=%s error='cannot be locked: %s'", self.name, self.disk.path, error.strerror)
+            self._lock = None
+            return
+        if not free:
+            what = "another process writes to it" if self.disk.read_only else "another process uses it"
+            remedy = "end that one; with --no-lock nobody looks, and two guests that write destroy the file system"
+            raise ResourceError(f"the disk is locked: {what}", path=self.disk.path, remedy=remedy)
+
+    def ring_stopped(self, index: int) -> None:
+        self._unlock_if_idle()
+
+    def _unlock_if_idle(self) -> None:
+        if self._lock is None or not self._lock.held or any(queue.started for queue in self.queues):
+            return
+        # Who goes on with the file may be on another host: it must find there what was acknowledged here.
+        try:
+            if not self.disk.read_only and not self.disk.ready:
+                self.disk.flush()
+        except OSError as error:
+            logger.error("device=%s path=%s error='flush: %s'", self.name, self.disk.path, error.strerror)
+        self._lock.release()
+
     def reset(self) -> None:
+        self._unlock_if_idle()  # also when a ring was to start and could not
         self._features = 0
         self._writeback = 1
         self._set_cache()
