@@ -36,8 +36,16 @@ POSTCOPY: Final = v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
 
 
 def with_postcopy(protocol_features: int) -> int:
-    """Put postcopy in the place of memory slots: the specification excludes the one where the other is negotiated."""
-    return protocol_features & ~v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS) | POSTCOPY
+    """Put postcopy in the place of what does not go with it.
+
+    The specification excludes memory slots. An in-flight region is read together with its ring when the ring starts, by
+    the control thread, which must not wait for a page.
+    """
+    without = (
+        v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+        v.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT, v.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN,
+    )  # fmt: skip
+    return protocol_features & ~v.mask(*without) | POSTCOPY
 
 
 @dataclass(frozen=True, slots=True)

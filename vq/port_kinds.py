@@ -148,7 +148,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
                     Option(
                         "postcopy",
                         "flag",
-                        "let guests come here by postcopy migration; needs userfaultfd, and offers no memory slots",
+                        "let guests come here by postcopy migration, from front-ends that you trust; needs userfaultfd",
                     ),
                     Option("mode", "octal", "permission bits of the socket; without it the umask decides", 0, 0o777),
                     Option(

@@ -8,6 +8,9 @@ for afterwards is said by `Userfault`:
 - forsake: the front-end lets us wait for ever, so all memory is taken out of its hands. Its place is taken by zero
   pages, and the `lost` flag of each map is raised, as when the owner truncates its memory.
 
+The kernel knows no userfaultfd for a part of a process: who holds one can have any memory of the process waited for or
+moved. That is the protocol's, so that postcopy is offered only where front-ends are trusted.
+
 Threading: control thread; `waiting` and `forsake` also from the thread that watches (vq/fault_watch.py).
 """
 from libc.stdint cimport uint64_t

@@ -62,20 +62,20 @@ class Rig:
         self._ends.append(guest.close)
         return guest.wait_booted() if boot else guest
 
-    def disk_guest(self, sock: Path, **more: Any) -> DiskGuest:
+    def disk_guest(self, sock: Path, *, boot: bool = True, **more: Any) -> DiskGuest:
         """Start a guest with a disk, and wait until it has booted."""
         requirements.need("guest")
         guest = DiskGuest(sock, self.scratch, **more)
         self._ends.append(guest.close)
-        guest.wait_booted()
-        return guest
+        return guest.wait_booted() if boot else guest
 
-    def disk(self, path: Path, *words: str) -> Child:
-        """Start ``vq blk`` on a file, and wait until it listens."""
-        command = [sys.executable, "-m", "vq", "blk", "--socket-path", str(self.sock()), "--blk-file", str(path)]
-        child = Child("blk", [*command, *words], self.scratch)
+    def disk(self, path: Path, *words: str, name: str = "a") -> Child:
+        """Start ``vq blk`` on a file, and wait until it listens on the socket of this name."""
+        sock = self.sock(name)
+        command = [sys.executable, "-m", "vq", "blk", "--socket-path", str(sock), "--blk-file", str(path)]
+        child = Child(f"blk-{name}", [*command, *words], self.scratch)
         self._ends.append(child.kill)
-        wait_until("vq blk listens", lambda: self.sock().exists() or not child.running, 20, [child])
+        wait_until("vq blk listens", lambda: sock.exists() or not child.running, 20, [child])
         return child
 
     def testpmd(self, name: str, *vdevs: str, **more: Any) -> Testpmd:

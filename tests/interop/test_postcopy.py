@@ -93,3 +93,46 @@ def test_a_guest_moves_by_postcopy_under_checked_traffic(rig: Rig, layout: str) 
     wait_until("the data to the guest", lambda: into.came_whole(destination), SECONDS, [destination.child])
     assert_ping(destination, host, count=50)
     assert "POSTCOPY_END" in backend.child.errors()
+
+
+# Writes, reads back past the guest's cache, compares; without a quote, as `Station.background` puts it into some.
+WORK = (
+    "i=0; while true; do i=$(( (i + 1) % 200 )); busybox dd if=/dev/urandom of=/tmp/new bs=65536 count=4; "
+    "busybox dd if=/tmp/new of=/dev/vda bs=65536 seek=$((i * 4)) conv=notrunc,fsync; "
+    "echo 3 > /proc/sys/vm/drop_caches; busybox dd if=/dev/vda of=/tmp/old bs=65536 skip=$((i * 4)) count=4; "
+    "busybox cmp /tmp/new /tmp/old || echo $i >> /tmp/bad; echo $i >> /tmp/count; done"
+)
+
+
+def rounds(guest: Guest) -> int:
+    """How often `WORK` has compared, without a difference."""
+    assert guest.run("[ -e /tmp/bad ]").code != 0, guest.run("cat /tmp/bad").output
+    return int(guest.check("touch /tmp/count; wc -l < /tmp/count"))
+
+
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_a_guest_with_a_disk_moves_by_postcopy(rig: Rig, layout: str) -> None:
+    path = rig.scratch / "disk.img"
+    with path.open("wb") as made:
+        made.truncate(64 * MIB)
+    properties = {"packed": "on" if layout == "packed" else "off"}
+    backends = [rig.disk(path, "--postcopy", "-vv", name=name) for name in "ab"]
+    source = rig.disk_guest(rig.sock("a"), properties=properties)
+    source.background(WORK)
+    source.background(DIRTIER)
+    wait_until("work on the disk", lambda: rounds(source) > 3, SECONDS, [source.child])
+    destination = rig.disk_guest(rig.sock("b"), boot=False, properties=properties, more=(*migration.INCOMING, *TRACE))
+    migration.prepare(destination, source)
+    migration.start(source, destination, capabilities=["postcopy-ram"], parameters=SLOWLY)
+    migration.wait_status(source, "active")
+    time.sleep(1)
+    source.qmp("migrate-start-postcopy")
+    migration.finish(source, destination)
+    found = migration.status(source)
+    source.kill()
+    assert found["ram"]["postcopy-requests"] > 0
+    assert asked(destination) > 0, "the back-end has met no page that was missing"
+    rig.note(f"{layout}: {found['ram']['postcopy-requests']} pages asked for, {asked(destination)} by the back-end")
+    before = rounds(destination)
+    wait_until("more work on the disk", lambda: rounds(destination) > before + 5, SECONDS, [destination.child])
+    assert "POSTCOPY_END" in backends[1].errors()

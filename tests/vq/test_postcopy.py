@@ -18,10 +18,14 @@ from disk_rig import VERSION_1, serving
 from postcopy_rig import POSTCOPY, MovingDisk, MovingGuest
 from pump_rig import USUAL, Background, Guest, every_layout, mapped, pumping
 from vq import postcopy
+from vq import virtio as v
+from vq.devices.blk import BlkDevice
+from vq.devices.net import NetDevice
 from vq.errors import BackendError, ConnectionClosed, ResourceError
 from vq.frontend import Frontend
 from vq.payload import Region
 from vq.pump import Pump
+from vq_core.disk import Disk
 from vq_core.guest_memory import GuestMemory
 from vq_core.userfault import Userfault
 from waiting import wait_for
@@ -226,6 +230,16 @@ def test_a_disk_whose_pages_never_come(tmp_path: Path, path: str, hasty: None, w
         settled_threads()
 
 
+def test_a_pump_ends_while_its_worker_waits(path: str, hasty: None) -> None:
+    with pumping(f"vhost:{path},postcopy") as pump:
+        guest = MovingGuest(path, USUAL, serving=False)
+        assert guest.pager.heard.wait(10)
+        pump.request_stop()
+        assert guest.frontend.wait_closed(10)
+    guest.close()
+    assert watchers() == 0
+
+
 def test_advice_again_and_again_leaks_nothing(path: str) -> None:
     with pumping(f"vhost:{path},postcopy"), Frontend.connect(path) as frontend:
         frontend.negotiate(USUAL, POSTCOPY)
@@ -245,6 +259,18 @@ def test_a_file_that_cannot_be_served_is_refused_before_any_answer(path: str, tm
         with pytest.raises(ConnectionClosed):  # in the middle of a page
             frontend.send_postcopy_table([Region(row[0], row[1] - 4096, row[2], 512)], [row[4]])
         os.close(uffd)
+
+
+@pytest.mark.shows("VHOST_USER_PROTOCOL_F_PAGEFAULT")
+def test_what_does_not_go_with_it_is_not_offered() -> None:
+    disk = BlkDevice(Disk(None, size=MIB), postcopy=True)
+    for device in (NetDevice("net", postcopy=True), disk):
+        offered = device.offer.protocol_features
+        assert v.has(offered, v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
+        assert not v.has(offered, v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
+        assert not v.has(offered, v.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD)
+    assert not v.has(NetDevice("net").offer.protocol_features, v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
+    disk.close()
 
 
 def test_without_permission_nothing_is_offered(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

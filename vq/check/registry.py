@@ -24,8 +24,8 @@ Function = Callable[["Target"], str | None]
 # In the order in which they run: what the others build upon comes first, what kills many back-ends last.
 ROOMS: Final = {
     Group.CONFORMANCE: (
-        "framing", "features", "acks", "queues", "memory", "slots", "rings", "states", "notify", "status", "reset",
-        "config", "log", "inflight", "net", "blk",
+        "framing", "features", "acks", "queues", "memory", "slots", "postcopy", "rings", "states", "notify", "status",
+        "reset", "config", "log", "inflight", "net", "blk",
     ),
     Group.HOSTILE: (
         "framing", "fds", "values", "regions", "placement", "avail", "chains", "indirect", "packed", "net", "blk",

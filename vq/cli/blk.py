@@ -57,7 +57,7 @@ def blk(
         bool,
         Parameter(
             negative="", show_default=False,
-            help="Let guests come here by postcopy migration; needs userfaultfd, and offers no memory slots.",
+            help="Let guests come here by postcopy migration, from front-ends that you trust; needs userfaultfd.",
         ),
     ] = False,
     json: Annotated[
