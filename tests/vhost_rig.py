@@ -124,6 +124,7 @@ class Recorder:
         self.prepared: tuple[e.MemoryRegion, ...] = ()
         self.postcopy = False
         self.log: e.SetLog | None = None
+        self.inflight: e.SetInflight | None = None
         self.rings: dict[int, e.RingConfig] = {}
         self.enabled: set[int] = set()
         self.config = bytearray(range(1, 29))
@@ -195,6 +196,14 @@ class Recorder:
             case e.ClearLog():
                 assert self.log is not None
                 self.log = None
+            case e.MakeInflight(queues, size):
+                return memfd(), queues * 64 * size
+            case e.SetInflight():
+                assert not self.rings
+                self.inflight = effect
+            case e.ClearInflight():
+                assert not self.rings and self.inflight is not None
+                self.inflight = None
             case e.ConfigRead(offset, size):
                 return bytes(self.config[offset : offset + size])
             case e.ConfigWrite(offset, data):
@@ -212,7 +221,7 @@ def _fds_of(effect: e.Effect) -> list[int]:
             return [fd for fd in (ring.kick_fd, ring.call_fd, ring.err_fd) if fd not in (None, e.INBAND)]
         case e.SetKick(_, fd) | e.SetCall(_, fd) | e.SetErr(_, fd):
             return [] if fd is None else [fd]
-        case e.SignalErr(_, fd) | e.SetLog(fd):
+        case e.SignalErr(_, fd) | e.SetLog(fd) | e.SetInflight(fd):
             return [fd]
     return []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -15,6 +17,7 @@ from vq.errors import FrontendError
 from vq.inband import Inband
 from vq.postcopy import PostcopyMemory
 from vq_core.dirty import DirtyLog
+from vq_core.inflight import InflightRegion, inflight_bytes
 from vq_core.memory import MemoryMap
 
 __all__ = ["Applier"]
@@ -64,6 +67,7 @@ class Applier:
         self.memory: MemoryMap | None = None
         self.postcopy = PostcopyMemory(device.queues, wake)
         self.log: DirtyLog | None = None
+        self.inflight: InflightRegion | None = None
         self.rings: dict[int, e.RingConfig] = {}
         self.waiting: dict[int, int] = {}  # base of each ring that stopped because its memory was taken away
 
@@ -76,8 +80,8 @@ class Applier:
 
     @property
     def lost(self) -> bool:
-        """Whether the front-end has truncated a file that is in use: memory or dirty log."""
-        return any(shared is not None and shared.lost for shared in (self.memory, self.log))
+        """Whether the front-end has truncated a file that is in use: memory, dirty log or in-flight region."""
+        return any(shared is not None and shared.lost for shared in (self.memory, self.log, self.inflight))
 
     @property
     def hopeless(self) -> bool:
@@ -168,13 +172,14 @@ class Applier:
             self.memory, ring.num, ring.desc, ring.avail, ring.used, ring.base, self.features,
             kick_fd=ring.kick_fd, call_fd=ring.call_fd, err_fd=ring.err_fd, enabled=ring.enabled,
             log=self._active_log(), log_guest_addr=self._log_guest_addr(ring), in_order=self.device.in_order,
+            inflight=self.inflight,
         )  # fmt: skip
         self.rings[ring.index] = ring
         self.waiting.pop(ring.index, None)
         self.changed()
 
     def _stop_ring(self, effect: e.StopRing) -> int:
-        base = int(self.device.queues[effect.index].stop())
+        base = int(self.device.queues[effect.index].stop(effect.suspend))
         if self.inband is not None:
             self.inband.stop(effect.index)
         self.device.ring_stopped(effect.index)
@@ -259,6 +264,27 @@ class Applier:
             raise ValueError(f"{where} + {size} bytes of used ring passes 2^64")
         return ring.log_guest_addr
 
+    # -- in-flight region --
+
+    def _make_inflight(self, effect: e.MakeInflight) -> tuple[int, int]:
+        """Make a file that nobody can truncate; it takes memory where it is written to, by whoever uses it."""
+        size = inflight_bytes(effect.num_queues, effect.queue_size, effect.packed)
+        fd = os.memfd_create("vq-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, size
+
+    def _set_inflight(self, effect: e.SetInflight) -> None:
+        shape = (effect.num_queues, effect.queue_size, effect.packed)
+        self.inflight = InflightRegion(effect.fd, effect.size, effect.offset, *shape)
+
+    def _clear_inflight(self, effect: e.ClearInflight) -> None:
+        self.inflight = None
+
     # -- the device's own --
 
     def _set_mtu(self, effect: e.SetMtu) -> None:
@@ -306,6 +332,9 @@ class Applier:
         e.SetRingAddresses: _set_ring_addresses,
         e.SetLog: _set_log,
         e.ClearLog: _clear_log,
+        e.MakeInflight: _make_inflight,
+        e.SetInflight: _set_inflight,
+        e.ClearInflight: _clear_inflight,
         e.SetMtu: _set_mtu,
         e.SendRarp: _send_rarp,
         e.SetStatus: _set_status,

@@ -19,6 +19,7 @@ __all__ = [
     "AddRegion",
     "AdoptMemory",
     "AdvisePostcopy",
+    "ClearInflight",
     "ClearLog",
     "ConfigRead",
     "ConfigWrite",
@@ -26,6 +27,7 @@ __all__ = [
     "EnableRing",
     "EndPostcopy",
     "Kick",
+    "MakeInflight",
     "MemoryRegion",
     "PrepareMemory",
     "RemoveRegion",
@@ -36,6 +38,7 @@ __all__ = [
     "SetCall",
     "SetErr",
     "SetFeatures",
+    "SetInflight",
     "SetKick",
     "SetLog",
     "SetMemory",
@@ -183,9 +186,13 @@ class StartRing:
 
 @dataclass(frozen=True, slots=True)
 class StopRing:
-    """Finish and publish what was taken, then never touch the ring again; returns the base to answer (int)."""
+    """Finish and publish what was taken, then never touch the ring again; returns the base to answer (int).
+
+    With `suspend` what was taken and not begun stays in flight, if there is an in-flight region.
+    """
 
     index: int
+    suspend: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +256,32 @@ class SetLog:
 @dataclass(frozen=True, slots=True)
 class ClearLog:
     """Unmap the dirty log."""
+
+
+@dataclass(frozen=True, slots=True)
+class MakeInflight:
+    """Make the file of an in-flight region: returns (fd, size); the fd is the session's, the content all zero."""
+
+    num_queues: int
+    queue_size: int
+    packed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SetInflight:
+    """Map an in-flight region for the rings that start from now on; no ring is started. The old one goes."""
+
+    fd: int
+    size: int
+    offset: int
+    num_queues: int
+    queue_size: int
+    packed: bool  # False as well as long as nobody knows; whether it is large enough shows at the start then
+
+
+@dataclass(frozen=True, slots=True)
+class ClearInflight:
+    """Unmap the in-flight region; no ring is started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +361,9 @@ Effect = (
     | SetRingAddresses
     | SetLog
     | ClearLog
+    | MakeInflight
+    | SetInflight
+    | ClearInflight
     | SetMtu
     | SendRarp
     | SetStatus

@@ -9,6 +9,7 @@ Spec: vhost-user, "Communication", "Starting and stopping rings"; a front-end's 
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
@@ -32,9 +33,11 @@ from vq.message import (
     encode_request,
     request_name,
 )
-from vq.payload import VRING_NOFD_MASK, Config, Log, Region, VringAddr, VringState
+from vq.payload import VRING_NOFD_MASK, Config, Inflight, Log, Region, VringAddr, VringState
 from vq.request_server import Handler, RequestServer
 from vq.transport import Connection
+
+INFLIGHT_BYTES_MAX: Final = 1 << 30  # 256 queues of 32768 entries take a quarter of it
 
 # Replies that may bring an fd, and that must not bring more than one.
 _REPLIES_WITH_FD: Final = frozenset(
@@ -559,6 +562,15 @@ class Frontend:
             raise BackendError("GET_VRING_BASE", "ring index", state.ring, f"{index} was asked for")
         return state.num
 
+    def get_vring_base_skip_drain(self, index: int) -> int:
+        """Stop a ring without waiting for what it has in flight, which the in-flight region tells of; its base."""
+        if not self.has_protocol(v.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN):
+            raise UsageError("get_vring_base_skip_drain: not negotiated; want GET_VRING_BASE_SKIP_DRAIN in negotiate()")
+        state: VringState = self.request(Request.GET_VRING_BASE_SKIP_DRAIN, VringState(index, 0))
+        if state.ring != index:
+            raise BackendError("GET_VRING_BASE_SKIP_DRAIN", "ring index", state.ring, f"{index} was asked for")
+        return state.num
+
     def stop_ring(self, index: int) -> int:
         """Disable and stop a ring; returns its base for the next start."""
         self.enable_ring(index, False)
@@ -567,6 +579,49 @@ class Frontend:
     def _ring_fd(self, request: int, index: int, fd: int | None) -> None:
         word = index if fd is not None else index | VRING_NOFD_MASK
         self.request(request, word, [] if fd is None else [fd])
+
+    # --- In-flight region --------------------------------------------------------------------------------------------
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> tuple[Inflight, int]:
+        """Ask for an in-flight region.
+
+        Returns
+        -------
+        Inflight, int
+            Its shape, as `set_inflight` takes it, and its fd, which is the caller's: kept as long as the guest lives.
+
+        Raises
+        ------
+        BackendError
+            There is none, or the file is not what the reply says.
+        """
+        self._need_inflight()
+        shape, fd = self.request_fd(Request.GET_INFLIGHT_FD, Inflight(0, 0, num_queues, queue_size))
+        try:
+            if fd is None or shape.mmap_size == 0:
+                raise BackendError("GET_INFLIGHT_FD", "region", "none", "the back-end makes none of this shape")
+            have, needed = os.fstat(fd).st_size, shape.mmap_offset + shape.mmap_size
+            if (shape.num_queues, shape.queue_size) != (num_queues, queue_size):
+                value = f"{shape.num_queues} queues of {shape.queue_size}"
+                raise BackendError("GET_INFLIGHT_FD", "shape", value, f"{num_queues} of {queue_size} were asked for")
+            if not num_queues * queue_size <= shape.mmap_size <= INFLIGHT_BYTES_MAX or needed > have:
+                value = f"{shape.mmap_size} bytes at {shape.mmap_offset} of a file of {have}"
+                raise BackendError("GET_INFLIGHT_FD", "size", value, f"at most {INFLIGHT_BYTES_MAX}, inside the file")
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
+        return shape, fd
+
+    def set_inflight(self, shape: Inflight, fd: int) -> None:
+        """Give an in-flight region to a back-end whose rings all stand; the fd stays the caller's."""
+        self._need_inflight()
+        self.request(Request.SET_INFLIGHT_FD, shape, [fd])
+        self.barrier()
+
+    def _need_inflight(self) -> None:
+        if not self.has_protocol(v.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
+            raise UsageError("in-flight region: INFLIGHT_SHMFD was not negotiated; want it in negotiate()")
 
     # --- Device ------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from vq import effects as e
 from vq.errors import FrontendError, VqError
+from vq.handle_inflight import forget_inflight
 from vq.handle_rings import enable, stop
 from vq.message import Message
 from vq.payload import CONFIG_MAX, Config
@@ -74,5 +75,6 @@ def reset_device(session: Session, _: Message) -> None:
             stop(session, ring)
             enable(session, ring, False)
             ring.forget_layout()
+        forget_inflight(session)  # it speaks of a driver that has gone
         session.apply(e.ResetDevice())
     session.status = 0

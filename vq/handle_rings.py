@@ -51,6 +51,12 @@ def get_vring_base(session: Session, _: Message, ring: RingState) -> VringState:
     return VringState(ring.index, ring.base)
 
 
+def get_vring_base_skip_drain(session: Session, _: Message, ring: RingState) -> VringState:
+    """Stop the ring with requests in flight, which the in-flight region tells of; without one they are done first."""
+    stop(session, ring, suspend=True)
+    return VringState(ring.index, ring.base)
+
+
 def set_vring_kick(session: Session, message: Message, ring: RingState) -> None:
     """Replace the kick fd, and start the ring if it stands."""
     fd = signal_fd(message, write=False)
@@ -104,10 +110,10 @@ def start(session: Session, request: str, ring: RingState, kick_fd: int | None) 
     ring.started = True
 
 
-def stop(session: Session, ring: RingState) -> None:
+def stop(session: Session, ring: RingState, *, suspend: bool = False) -> None:
     """Stop a ring if it runs, remember where it stopped, and let go of kick and call fd; enable flag stays."""
     if ring.started:
-        ring.base = session.apply(e.StopRing(ring.index))
+        ring.base = session.apply(e.StopRing(ring.index, suspend))
         ring.started = False
     ring.replace_fd("kick_fd", None)
     ring.replace_fd("call_fd", None)

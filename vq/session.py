@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any, Final, NamedTuple
 
 from vq import effects as e
-from vq import handle_device, handle_features, handle_memory, handle_postcopy, handle_rings
+from vq import handle_device, handle_features, handle_inflight, handle_memory, handle_postcopy, handle_rings
 from vq import virtio as v
 from vq.errors import FrontendError, ResourceError, UsageError, VqError
 from vq.message import FRONTEND_REQUESTS, Message, Request, Rule, close_fds, encode_ack, encode_reply
@@ -87,6 +87,7 @@ class Session:
         self.rings = [RingState(index) for index in range(offer.queue_count)]
         self.has_log = False
         self.log_fd: int | None = None
+        self.has_inflight = False
         self.backend_channel_fd: int | None = None
         self.reply_fds: list[int] = []  # they go with the reply that `receive` has just given, and are closed then
 
@@ -173,6 +174,8 @@ class Session:
             last.append(e.SetMemory(()))
         if self.has_log:
             last.append(e.ClearLog())
+        if self.has_inflight:
+            last.append(e.ClearInflight())
         for effect in last:
             try:
                 self._apply(effect)
@@ -182,7 +185,7 @@ class Session:
             ring.started = ring.enabled = False
             ring.close_fds()
         self.regions = ()
-        self.has_log = False
+        self.has_log = self.has_inflight = False
         close_fds(self.reply_fds)
         self.log_fd = replace_fd(self.log_fd, None)
         self.backend_channel_fd = replace_fd(self.backend_channel_fd, None)
@@ -297,4 +300,7 @@ TRANSITIONS: Final[dict[int, Transition]] = {
     R.GET_CONFIG: Transition(handle_device.get_config),
     R.SET_CONFIG: Transition(handle_device.set_config, silent=_IGNORE),
     R.RESET_DEVICE: Transition(handle_device.reset_device),
+    R.GET_INFLIGHT_FD: Transition(handle_inflight.get_inflight_fd),
+    R.SET_INFLIGHT_FD: Transition(handle_inflight.set_inflight_fd),
+    R.GET_VRING_BASE_SKIP_DRAIN: Transition(handle_rings.get_vring_base_skip_drain, _ANY),
 }

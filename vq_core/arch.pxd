@@ -19,6 +19,7 @@ cdef extern from "vq_arch.h" nogil:
     void vq_store_release_u32(void* p, uint32_t v) noexcept
     uint32_t vq_exchange_u32(void* p, uint32_t v) noexcept
     uint8_t vq_load_u8(const void* p) noexcept
+    void vq_store_release_u8(void* p, uint8_t v) noexcept
     void vq_or_u8(void* p, uint8_t v) noexcept
     void vq_fence() noexcept
     void vq_fence_release() noexcept

@@ -43,6 +43,9 @@ cdef int blk_take(blk_queue_t* queue) noexcept nogil
 # Note the used element of a request that is done.
 cdef void blk_give_back(blk_queue_t* queue, blk_request_t* request) noexcept nogil
 
+# Let go of a request that was not done.
+cdef void blk_drop(blk_queue_t* queue, blk_request_t* request) noexcept nogil
+
 # Expose what was given back since the last time, and call the driver if it wants that.
 cdef void blk_publish(blk_queue_t* queue) noexcept nogil
 

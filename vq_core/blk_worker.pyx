@@ -2,17 +2,19 @@
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
-from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
-from vq_core.blk_queue cimport (BLK_REQUESTS_MAX, blk_arm, blk_counters_t, blk_give_back, blk_publish, blk_queue_t,
-                                blk_take)
+from vq_core.arch cimport (vq_cycles, vq_fence, vq_load_acquire_u32, vq_load_u32, vq_pause,
+                           vq_store_release_u32)
+from vq_core.blk_queue cimport (BLK_REQUESTS_MAX, blk_arm, blk_counters_t, blk_drop, blk_give_back, blk_publish,
+                                blk_queue_t, blk_take)
 from vq_core.blk_request cimport (BLK_DISCARD_SECTORS_MAX, BLK_RANGES_MAX, BLK_WRITE_ZEROES_SECTORS_MAX,
                                   blk_request_t)
 from vq_core.clock cimport timespec
 from vq_core.disk cimport Disk
 from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
-from vq_core.pool cimport Pool, job_t, pool_collect
-from vq_core.queue cimport Queue
+from vq_core.inflight cimport inflight_is_again
+from vq_core.pool cimport Pool, job_t, pool_collect, pool_submit, pool_withdraw
+from vq_core.queue cimport CHANGE_SUSPEND, Queue, queue_change_t, queue_run_change, queue_t
 
 import os
 
@@ -41,22 +43,73 @@ cdef int _collect(blk_worker_t* worker) noexcept nogil:
     return count
 
 
-cdef bint _under_way(blk_worker_t* worker) noexcept nogil:
+cdef int _take_again(blk_worker_t* worker) noexcept nogil:
+    """Go on with what was under way before a crash; number of requests."""
+    cdef int i, count = 0
+    for i in range(worker.queue_count):
+        if inflight_is_again(worker.queues[i].queue.inflight):
+            count += blk_take(&worker.queues[i])
+    return count
+
+
+cdef bint _under_way(blk_worker_t* worker, queue_t* alone) noexcept nogil:
+    """Whether a request is being done: one of queue `alone`, or of any queue if that is NULL."""
+    cdef blk_queue_t* queue
     cdef int i
     for i in range(worker.queue_count):
-        if worker.queues[i].in_flight:
+        queue = &worker.queues[i]
+        if queue.in_flight and (alone == NULL or queue.queue == alone):
             return True
     return False
 
 
-cdef void _drain(blk_worker_t* worker) noexcept nogil:
-    """Wait until all requests are done, and publish them."""
+cdef queue_t* _suspended(mailbox_t* mailbox) noexcept nogil:
+    """The queue that the command which waits suspends, or NULL."""
+    cdef queue_change_t* change = <queue_change_t*>mailbox.argument
+    # Acquire: pairs with the release of `posted`; the command stands before it.
+    vq_load_acquire_u32(&mailbox.posted)
+    if mailbox.run == queue_run_change and change.what & CHANGE_SUSPEND:
+        return <queue_t*>mailbox.target
+    return NULL
+
+
+cdef void _withdraw(blk_worker_t* worker, queue_t* queue) noexcept nogil:
+    """Take back what a queue has in the pool and no thread has begun: it stays in flight, in the region alone."""
+    cdef job_t* job = pool_withdraw(worker.pool)
+    cdef job_t* following
+    cdef blk_queue_t* owner
+    while job != NULL:
+        following = job.next
+        owner = <blk_queue_t*>(<blk_request_t*>job).owner
+        if owner.queue == queue:
+            owner.in_flight -= 1
+            blk_drop(owner, <blk_request_t*>job)
+        else:
+            pool_submit(worker.pool, job)
+        job = following
+
+
+cdef void _drain(blk_worker_t* worker, queue_t* suspended) noexcept nogil:
+    """Wait until all requests are done, and publish them; of a queue to suspend, those that a thread has begun.
+
+    A thread that has begun a request is inside the kernel, which writes to the guest's memory or to the disk until it
+    comes back; nothing can call it off. Whoever serves the disk next would have its writes overwritten by ours. So
+    these few are awaited even by a front-end that cannot wait.
+    """
     cdef timespec pause
-    cdef int i
+    cdef int i, count
     pause.tv_sec = 0
     pause.tv_nsec = DRAIN_NS
-    while _under_way(worker):
-        if _collect(worker) == 0:
+    if suspended != NULL:
+        _withdraw(worker, suspended)
+    while True:
+        count = _collect(worker)
+        if suspended == NULL:
+            count += _take_again(worker)     # it was taken before a crash, and so is under way
+        if not _under_way(worker, suspended):
+            if count == 0:
+                break
+        elif count == 0:
             c_nanosleep(&pause, NULL)
     for i in range(worker.queue_count):
         blk_publish(&worker.queues[i])
@@ -82,7 +135,7 @@ cdef void _loop(blk_worker_t* worker, mailbox_t* mailbox) noexcept nogil:
     cdef uint64_t now, last = vq_cycles(), idle_since = last
     while True:
         if vq_load_u32(&mailbox.posted) != mailbox.done:
-            _drain(worker)
+            _drain(worker, _suspended(mailbox))
             mailbox_poll(mailbox)
         if worker.stopping:
             break

@@ -27,6 +27,9 @@ cdef struct pool_t:
 
 cdef void pool_submit(pool_t* pool, job_t* job) noexcept nogil
 
+# All jobs that no thread has begun, oldest first, or NULL: they are the worker's again.
+cdef job_t* pool_withdraw(pool_t* pool) noexcept nogil
+
 # All jobs that are done, or NULL.
 cdef job_t* pool_collect(pool_t* pool) noexcept nogil
 

@@ -31,6 +31,15 @@ cdef void pool_submit(pool_t* pool, job_t* job) noexcept nogil:
     pthread_mutex_unlock(&pool.lock)
 
 
+cdef job_t* pool_withdraw(pool_t* pool) noexcept nogil:
+    cdef job_t* waiting
+    pthread_mutex_lock(&pool.lock)
+    waiting = pool.first
+    pool.first = NULL
+    pthread_mutex_unlock(&pool.lock)
+    return waiting
+
+
 cdef job_t* pool_collect(pool_t* pool) noexcept nogil:
     cdef job_t* done
     if vq_load_u32(&pool.done_count) == 0:

@@ -15,6 +15,7 @@ from vq_core.counters cimport counters_t
 from vq_core.dirty cimport DirtyLog, dirty_mark, dirty_t
 from vq_core.handover cimport Mailbox, mailbox_t
 from vq_core.hold cimport hold_t
+from vq_core.inflight cimport InflightQueue, InflightRegion, inflight_t
 from vq_core.memory cimport MemoryMap, memory_lost, memory_t, region_t
 from vq_core.notify cimport notify_peer, peer_t
 from vq_core.packed cimport packed_t
@@ -39,6 +40,7 @@ cdef enum:
     BROKEN_ID = 11               # packed: buffer id outside the ring
     BROKEN_SIGNAL = 12           # call fd that takes too long to signal
     BROKEN_REQUEST = 13          # no whole header or no room for the status
+    BROKEN_IN_FLIGHT = 14        # made available again before it was used; noticed where there is an in-flight region
 
 # What a started ring must still read of its memory to know its place. With postcopy the reading may last, so that it is
 # left to the worker.
@@ -72,6 +74,7 @@ cdef struct queue_t:
     uint64_t calls_suppressed    # and those that the driver did not want
     hold_t hold                  # whether the driver is being left alone
     counters_t counters
+    inflight_t* inflight         # NULL: no region; only devices that complete out of order look here
 
 # Read from the ring where it goes on; waits as long as its memory makes it wait.
 cdef void queue_place(queue_t* queue) noexcept nogil
@@ -164,12 +167,16 @@ cdef enum:
     CHANGE_MEMORY = 64           # memory and ring pointers; indices stay
     CHANGE_LOG = 128             # log, log_ring, log_guest_addr
     CHANGE_EPOLL = 256
+    CHANGE_SUSPEND = 512         # with STOP: what is under way need not be done, the region tells of it
 
 cdef struct queue_change_t:
     uint32_t what                # CHANGE_* bits
     queue_t wanted               # the fields that `what` names
 
 cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil
+
+# The command by which a change comes to a worker: its target is the queue, its argument the change.
+cdef void queue_run_change(void* target, void* argument) noexcept nogil
 
 cdef class Peer:
     """What the queues of one front-end have in common."""
@@ -183,6 +190,7 @@ cdef class Queue:
     cdef Mailbox mailbox         # of the owning worker; None: nobody
     cdef MemoryMap _memory       # held while started, so that `queue.memory` lives
     cdef DirtyLog _log
+    cdef InflightQueue _inflight  # what `queue.inflight` points to, while started
     cdef uint16_t _begin         # split: available index when the ring was started
     cdef bint _batches
     cdef uint64_t* _elements     # room for used elements (packed) or heads (split), while started
@@ -191,5 +199,6 @@ cdef class Queue:
     cdef int _change(self, queue_change_t* change) except -1
     cdef int _begin_split(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1
     cdef int _begin_packed(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1
+    cdef InflightQueue _place_inflight(self, queue_change_t* change, InflightRegion region)
     cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses,
                       uint64_t features) except -1

@@ -5,10 +5,12 @@ from libc.string cimport memset
 from vq_core.arch cimport (vq_exchange_u32, vq_load_acquire_u32, vq_load_u16, vq_load_u32, vq_load_u64,
                            vq_store_release_u32)
 from vq_core.counters cimport counters_snapshot, counters_work
-from vq_core.dirty cimport DirtyLog
+from vq_core.dirty cimport DirtyLog, dirty_mark
 from vq_core.epoll cimport EPOLLIN, epoll_move
 from vq_core.handover cimport handover_run
 from vq_core.hold cimport hold_end
+from vq_core.inflight cimport InflightQueue, InflightRegion
+from vq_core.inflight_restart cimport inflight_resume
 from vq_core.memory cimport MemoryMap, memory_user_translate
 from vq_core.notify cimport notify_peer, notify_signal, peer_t
 from vq_core.packed cimport PACKED_WRAP_BITS, packed_has_more, packed_t
@@ -30,11 +32,13 @@ BROKEN_CAUSES = (
     ("device-readable descriptor after a device-writable one", "VIRTIO 1.3, 2.7.4.2"),
     ("descriptor chain of 2^32 bytes or more", "VIRTIO 1.3, 2.7.5"),
     ("address outside the guest's memory", "VIRTIO 1.3, 2.7.5"),
-    ("guest memory or dirty log was truncated by its owner", "vhost-user, SET_MEM_TABLE and SET_LOG_BASE"),
+    ("guest memory, dirty log or in-flight region was truncated by its owner",
+     "vhost-user, SET_MEM_TABLE, SET_LOG_BASE and SET_INFLIGHT_FD"),
     ("descriptor chain without a buffer in the direction of the queue", "VIRTIO 1.3, 5.1.6"),
     ("buffer id outside queue_size", "VIRTIO 1.3, 2.8"),
     ("call descriptor takes too long to signal: too many wait for it", "vhost-user, SET_VRING_CALL"),
     ("request without a whole header or without a byte for its status", "VIRTIO 1.3, 5.2.6"),
+    ("buffer made available again before it was used", "VIRTIO 1.3, 2.7.13.1 and 2.8.21.1"),
 )
 
 if (sizeof(virtq_desc_t), sizeof(virtq_used_elem_t), sizeof(virtq_packed_desc_t), sizeof(virtq_packed_event_t),
@@ -111,6 +115,7 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
         queue.features = wanted.features
         queue.indirect_limit = wanted.indirect_limit
         queue.unplaced = wanted.unplaced
+        queue.inflight = wanted.inflight
         queue.broken = BROKEN_NOT
         queue.reported = 0
         hold_end(&queue.hold)
@@ -129,11 +134,12 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
         queue.memory = NULL
         queue.hint = NULL
         queue.log = NULL
+        queue.inflight = NULL
         _point(&queue.ring, &wanted.ring)        # nowhere
     _decide_life(queue)
 
 
-cdef void _run_change(void* target, void* argument) noexcept nogil:
+cdef void queue_run_change(void* target, void* argument) noexcept nogil:
     queue_apply(<queue_t*>target, <queue_change_t*>argument)
 
 
@@ -216,7 +222,7 @@ cdef class Queue:
         free(self._elements)
 
     cdef int _change(self, queue_change_t* change) except -1:
-        handover_run(self.mailbox, _run_change, &self.queue, change)
+        handover_run(self.mailbox, queue_run_change, &self.queue, change)
         return 0
 
     cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses,
@@ -263,7 +269,7 @@ cdef class Queue:
     def start(self, MemoryMap memory not None, int num, uint64_t desc, uint64_t avail, uint64_t used, uint64_t base,
               uint64_t features, *,
               kick_fd=None, call_fd=None, err_fd=None, bint enabled=False, DirtyLog log=None, log_guest_addr=None,
-              bint in_order=True):
+              bint in_order=True, InflightRegion inflight=None):
         """Start the ring.
 
         Parameters
@@ -291,11 +297,14 @@ cdef class Queue:
             when that differs from `base`, since the requests between were lost in a crash (protocol 6.3). A packed
             ring is asked only when `base` is the very beginning, which is what QEMU says after a crash, and not when
             used buffers are given back in batches.
+        inflight : InflightRegion, optional
+            Where requests that are taken are recorded. One that tells of requests of before says where the ring begins
+            as well, and `base` counts for nothing.
 
         Raises
         ------
         ValueError
-            Size, alignment or placement of a part is wrong.
+            Size, alignment or placement of a part is wrong, or the in-flight region contradicts itself.
         """
         cdef queue_change_t change
         cdef uint64_t* elements = NULL
@@ -326,13 +335,32 @@ cdef class Queue:
         change.wanted.indirect_limit = max(num, 1024)
         change.wanted.enabled = enabled
         self._fill_log(<uintptr_t>&change, log, log_guest_addr)
+        tracking = self._place_inflight(&change, inflight)
         change.wanted.kick_fd = _fd(kick_fd)
         change.wanted.call_fd = _fd(call_fd)
         change.wanted.err_fd = _fd(err_fd)
         self._change(&change)
         self._memory = memory
         self._log = log
+        self._inflight = tracking
         self._addresses = (desc, avail, used)
+        if tracking is not None:
+            # Whoever used buffers before us may have ended before the call.
+            notify_peer(&self._peer.peer, change.wanted.call_fd)
+
+    cdef InflightQueue _place_inflight(self, queue_change_t* change, InflightRegion region):
+        """Place the ring by its in-flight region, if there is one for it."""
+        cdef queue_t* wanted = &change.wanted
+        cdef InflightQueue tracking
+        if region is None or self.index >= region.num_queues:
+            return None
+        tracking = InflightQueue(region, self.index, wanted.ring.num, wanted.ring.is_packed)
+        queue_place(wanted)
+        inflight_resume(tracking, &wanted.ring, self.index)
+        wanted.inflight = &tracking.inflight
+        if wanted.ring.is_packed and wanted.log != NULL and wanted.log_ring:
+            dirty_mark(wanted.log, wanted.ring.packed.desc_addr, 16 * <uint64_t>wanted.ring.num)
+        return tracking
 
     cdef int _begin_split(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1:
         """Say how a split ring begins, as far as that can be said without reading it."""
@@ -367,20 +395,29 @@ cdef class Queue:
         ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
         return 0
 
-    def stop(self):
+    def stop(self, bint suspend=False):
         """Stop the ring and return the base to answer: the next available entry, 0 to 65535.
 
         Everything taken is published and released when this returns. The enabled flag stays.
         Stopping a stopped ring answers its last position. Packed: next available slot and wrap counter in the lower
         16 bits, those of the used side in the upper ones.
+
+        Parameters
+        ----------
+        suspend : bool
+            What waits to be begun is not done, and stays in flight in the region; only what is being done is finished.
+            Without a region there would be no trace of it, and so it is done.
         """
         cdef packed_t* packed = &self.queue.ring.packed
         cdef queue_change_t change
         memset(&change, 0, sizeof(change))
         change.what = CHANGE_STOP
+        if suspend and self.queue.inflight != NULL:
+            change.what |= CHANGE_SUSPEND
         self._change(&change)
         self._memory = None
         self._log = None
+        self._inflight = None
         self._addresses = None
         if not self.queue.ring.is_packed:
             return self.queue.ring.split.last_avail_idx

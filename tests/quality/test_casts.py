@@ -31,6 +31,7 @@ CAST_FILES = {
     "vq_core/memory.pyx": "a mapping's address becomes a pointer here",
     "vq_core/chain.pyx": "the private copy of a chain's bytes",
     "vq_core/dirty.pyx": "the mapping of the dirty log",
+    "vq_core/inflight.pyx": "the mapping of the in-flight region",
     "vq_core/guest_memory.pyx": "the mapping of memory that is ours",
     "vq_core/queue.pyx": "ring pointers that memory.pyx resolved, on their way to the worker",
     "vq_core/switch.pyx": "the table's words",

@@ -13,6 +13,7 @@ import pytest
 import vq_core
 
 HARNESS = Path(__file__).with_name("harness.pyx")
+BLK_HAND = Path(__file__).with_name("blk_hand.pyx")
 DIRECTIVES = {"language_level": "3", "freethreading_compatible": True}
 FLAGS = ["-O2", "-fno-strict-aliasing", "-fwrapv", "-DCYTHON_INLINE=inline __attribute__((always_inline, unused))"]
 
@@ -53,3 +54,9 @@ def compile_module(source: Path, build: Path) -> ModuleType:
 def harness(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The compiled harness.pyx: Feed, Collect and what drives them by hand."""
     return compile_module(HARNESS, tmp_path_factory.mktemp("harness"))
+
+
+@pytest.fixture(scope="session")
+def blk_hand(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The compiled blk_hand.pyx: the steps of a block device's worker, one by one."""
+    return compile_module(BLK_HAND, tmp_path_factory.mktemp("blk_hand"))

@@ -60,6 +60,9 @@ VQ_INLINE uint32_t vq_exchange_u32(volatile void *p, uint32_t v) {
 VQ_INLINE uint8_t vq_load_u8(const volatile void *p) {
     return __atomic_load_n((const volatile uint8_t *)p, __ATOMIC_RELAXED);
 }
+VQ_INLINE void vq_store_release_u8(volatile void *p, uint8_t v) {
+    __atomic_store_n((volatile uint8_t *)p, v, __ATOMIC_RELEASE);
+}
 VQ_INLINE void vq_or_u8(volatile void *p, uint8_t v) {
     __atomic_fetch_or((volatile uint8_t *)p, v, __ATOMIC_RELAXED);
 }
