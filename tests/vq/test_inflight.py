@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import reference_inflight as reference
-from blk_rig import IN, header, make_file
+from blk_rig import IN, OUT, header, make_file
 from disk_rig import VERSION_1, serving
 from engine_rig import RING_PACKED, every_layout
 from vq import virtio as v
@@ -69,6 +70,9 @@ class Guest:
     def read(self, sector: int, sectors: int = 1) -> None:
         self.driver.add([header(IN, sector)], [sectors * 512, 1])
 
+    def write(self, sector: int, sectors: int) -> None:
+        self.driver.add([header(OUT, sector), bytes(sectors * 512)], [1])
+
     def go(self) -> None:
         self.driver.publish()
         self.driver.kick()
@@ -80,7 +84,7 @@ class Guest:
         def done() -> bool:
             nonlocal count
             for buffer, length in self.driver.poll():
-                assert length == sum(len(part) for part in buffer.writable)
+                assert length == sum(map(len, buffer.writable))
                 assert bytes(buffer.writable[-1]) == b"\0"
                 count += 1
             return self.driver.outstanding == 0
@@ -189,13 +193,15 @@ def test_suspended_ring_goes_on_over_another_connection(tmp_path: Path, layout: 
     """What was not begun stays in flight, and nothing is touched after the answer; then all of it is done."""
     with guest_on(tmp_path, layout) as guest:
         guest.ask_region()
-        total = left = 0
-        for _ in range(12):
+        left = 0
+        for moment in range(300):
+            if left >= 20:
+                break
             guest.start()
-            for i in range(20):
-                guest.read(i, 512)  # so long that all of them wait for the pool
+            for i in range(20):  # so long that all of them wait for the pool, and for the medium if there is one
+                guest.write(i, 512)
             guest.go()
-            total += 20
+            time.sleep(moment % 10 / 2000)
             base = guest.frontend.get_vring_base_skip_drain(0)
             before = os.pread(guest.fd, 1 << 20, 0), guest.memory.view(guest.memory.regions[0][0], 1 << 20).tobytes()
             found = guest.found()
