@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import socket
 import struct
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 from vq import virtio as v
 from vq.device import Device
+from vq.errors import FrontendError
 from vq.frontend import Frontend, RingSetup
 from vq.message import BackendRequest, Request
 from vq.offer import SERVED_PROTOCOL_FEATURES, Offer
@@ -24,6 +26,7 @@ FEATURES = v.mask(
     v.VIRTIO_F_VERSION_1, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_F_RING_PACKED, v.VHOST_USER_F_PROTOCOL_FEATURES,
 )  # fmt: skip
 ALL = SERVED_PROTOCOL_FEATURES
+SHMEM = {0: 16 * mmap.PAGESIZE, 7: 1 << 40}
 
 
 class ChannelDevice(Device):
@@ -32,7 +35,19 @@ class ChannelDevice(Device):
     def __init__(self, protocol_features: int = ALL) -> None:
         self.name = "channel"
         self.queues = [Queue(index, f"queue{index}") for index in range(2)]
-        self.offer = Offer(FEATURES, protocol_features, queue_count=2, queue_num_answer=2, config_size=8)
+        self.offer = Offer(
+            FEATURES, protocol_features, queue_count=2, queue_num_answer=2, config_size=8, shmem=tuple(SHMEM.items())
+        )
+        self.state = b"as it was made"
+        self.refuses_state = False
+
+    def save_state(self) -> bytes:
+        return self.state
+
+    def load_state(self, state: bytes) -> None:
+        if self.refuses_state:
+            raise FrontendError("device state", "taste", state[:10], "something better")
+        self.state = state
 
 
 class Outcome:

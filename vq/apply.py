@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 from vq import effects as e
 from vq import virtio as v
 from vq.device import Device
-from vq.errors import FrontendError
+from vq.errors import FrontendError, UsageError
 from vq.inband import Inband
 from vq.postcopy import PostcopyMemory
+from vq.state_transfer import StateTransfer
 from vq_core.dirty import DirtyLog
 from vq_core.inflight import InflightRegion, inflight_bytes
 from vq_core.memory import MemoryMap
@@ -42,6 +43,8 @@ class Applier:
         Stands in for descriptors of rings whose notifications are messages.
     wake
         Called by another thread when `hopeless` has become true.
+    transfer
+        Moves the device's state; None: it cannot be saved or loaded.
 
     Notes
     -----
@@ -57,12 +60,14 @@ class Applier:
         channel_given: Callable[[int], None] = lambda fd: None,
         inband: Inband | None = None,
         wake: Callable[[], None] = lambda: None,
+        transfer: StateTransfer | None = None,
     ) -> None:
         self.device = device
         self.changed = changed
         self.warn = warn
         self.channel_given = channel_given
         self.inband = inband
+        self.transfer = transfer
         self.features = 0
         self.memory: MemoryMap | None = None
         self.postcopy = PostcopyMemory(device.queues, wake)
@@ -298,6 +303,8 @@ class Applier:
         self.device.set_status(effect.status)
 
     def _reset(self, effect: e.ResetDevice) -> None:
+        if self.transfer is not None:
+            self.transfer.forget()
         self.device.reset()
         # The negotiation outlives a reset, and the session does not pass on a SET_FEATURES that changes nothing.
         self.device.set_features(self.features)
@@ -310,6 +317,29 @@ class Applier:
 
     def _write_config(self, effect: e.ConfigWrite) -> None:
         self.device.write_config(effect.offset, effect.data, migration=effect.migration)
+
+    def _save_state(self, effect: e.SaveState) -> None:
+        self._transfer.save(effect.fd, self.device.save_state())
+
+    def _load_state(self, effect: e.LoadState) -> None:
+        self._transfer.load(effect.fd, self._take_state)
+
+    def _take_state(self, state: bytes) -> None:
+        if self.rings:
+            raise FrontendError("SET_DEVICE_STATE_FD", "device", "running", "a state is loaded while all rings stand")
+        self.device.load_state(state)
+
+    def _check_state(self, effect: e.CheckState) -> bool | None:
+        return self._transfer.check()
+
+    @property
+    def _transfer(self) -> StateTransfer:
+        if self.transfer is None:
+            raise UsageError(f"device {self.device.name}: its state cannot be transferred")
+        return self.transfer
+
+    def _get_shared_object(self, effect: e.GetSharedObject) -> int | None:
+        return self.device.shared_object(effect.uuid)
 
     _table: ClassVar[dict[type, Callable[..., Any]]] = {
         e.SetMemory: _set_memory,
@@ -342,4 +372,8 @@ class Applier:
         e.SetBackendChannel: _set_backend_channel,
         e.ConfigRead: _read_config,
         e.ConfigWrite: _write_config,
+        e.SaveState: _save_state,
+        e.LoadState: _load_state,
+        e.CheckState: _check_state,
+        e.GetSharedObject: _get_shared_object,
     }

@@ -24,6 +24,7 @@ from vq.inband import Inband
 from vq.postcopy import PATIENCE_S
 from vq.reaper import Reaper
 from vq.session import Session
+from vq.state_transfer import StateTransfer
 from vq.transport import Connection
 from vq_core.timer import Timer
 
@@ -114,6 +115,7 @@ class Backend:
         self.channel = BackendChannel(self._epoll, self.warn)
         device.channel = self.channel
         self._inband = Inband(self._epoll, self.channel)
+        self._transfer = StateTransfer(self._epoll, self.warn)
         self._timer = Timer()
         self._reaper = Reaper()
         self._epoll.register(self._timer.fileno(), select.EPOLLIN)
@@ -178,8 +180,8 @@ class Backend:
             elif fd == self.channel.fileno():
                 self.channel.dispatch()
                 self.check()
-            else:
-                self._inband.dispatch(fd)
+            elif not self._inband.dispatch(fd) and self._transfer.dispatch(fd) and self._connection is not None:
+                self._serve(self._connection, 0)  # an answer may have waited for this
 
     def check(self) -> None:
         """End the connection if the front-end truncated memory or dirty log under us, or makes signals to it last."""
@@ -270,6 +272,7 @@ class Backend:
         self._end("closed by us")
         if self._listener is not None:
             self._listener.close()
+        self.channel.close()
         self._reaper.stop()
         self._timer.close()
         self._epoll.close()
@@ -329,7 +332,7 @@ class Backend:
     def _begin(self, connection: Connection) -> None:
         self._connection = connection
         self._applier = Applier(
-            self.device, self._changed, self.warn, self.channel.give, self._inband, self._wake
+            self.device, self._changed, self.warn, self.channel.give, self._inband, self._wake, self._transfer
         )
         self._session = Session(self.device.offer, self._applier)
         self.channel.begin(self._session)
@@ -352,6 +355,7 @@ class Backend:
                 session.close()
                 self.device.reset()
             self._inband.close()
+            self._transfer.forget()
             if connection is not None:
                 logger.info("device=%s disconnected=%r", self.device.name, reason)
                 self._epoll.unregister(connection.fileno())
@@ -367,20 +371,22 @@ class Backend:
         try:
             if events & select.EPOLLOUT:
                 connection.flush()
+            if session.owing:
+                if events & (select.EPOLLHUP | select.EPOLLERR):
+                    raise ConnectionClosed("the peer closed the connection before it was answered")
+                self._reply(connection, session, session.resume())
             if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
                 for _ in range(MESSAGES_MAX):
-                    message = connection.receive()
+                    message = None if session.owing else connection.receive()
                     if message is None:
                         break
                     logger.debug("device=%s message=%r", self.device.name, message)
-                    reply = session.receive(message)
-                    if reply is not None:
-                        self.before_reply()
-                        connection.send(reply, session.reply_fds)
+                    self._reply(connection, session, session.receive(message))
                     if self._reaper.busy > UNCLOSED_MAX:
                         limit = f"at most {UNCLOSED_MAX} may take long"
                         raise FrontendError(message.name, "fds that cannot be closed", self._reaper.busy, limit)
-            self._epoll.modify(connection.fileno(), select.EPOLLIN | (select.EPOLLOUT if connection.wants_write else 0))
+            wanted = 0 if session.owing else select.EPOLLIN
+            self._epoll.modify(connection.fileno(), wanted | (select.EPOLLOUT if connection.wants_write else 0))
             self.channel.flush()
             self.check()
         except ConnectionClosed as end:
@@ -395,3 +401,8 @@ class Backend:
             # A defect of ours or of a device's hook ends this connection, not the process.
             logger.exception("device=%s", self.device.name)
             self._end("internal error")
+
+    def _reply(self, connection: Connection, session: Session, reply: bytes | None) -> None:
+        if reply is not None:
+            self.before_reply()
+            connection.send(reply, session.reply_fds)

@@ -9,6 +9,7 @@ Spec: vhost-user, "Back-end message types", "Ring states" (suspended).
 
 from __future__ import annotations
 
+import mmap
 import select
 import struct
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from vq import virtio as v
 from vq.errors import ConnectionClosed, ResourceError, UsageError, VqError
 from vq.message import BACKEND_REQUESTS, BackendRequest, Fds, fds_allowed
+from vq.payload import VRING_NOFD_MASK, Mmap, VringArea
 from vq.request_queue import Done, RequestQueue
+from vq.shared_objects import SharedObjects
 
 if TYPE_CHECKING:
     from vq.session import Session
@@ -37,6 +40,8 @@ class BackendChannel:
 
     Attributes
     ----------
+    objects : SharedObjects
+        What the device shares with other devices.
     broken : bool
         The front-end has spoilt the channel of this connection, and brought no other since.
 
@@ -47,7 +52,8 @@ class BackendChannel:
 
     def __init__(self, epoll: select.epoll, warn: Callable[[str], None]) -> None:
         self._epoll = epoll
-        self._warn = warn
+        self.warn = warn
+        self.objects = SharedObjects(self)
         self._session: Session | None = None
         self._queue: RequestQueue | None = None
         self._config_due = False  # the configuration space has changed, and the front-end has not been told
@@ -59,6 +65,7 @@ class BackendChannel:
         """There is a connection."""
         self._session = session
         self.broken = False
+        self.objects.begin()
 
     def give(self, fd: int) -> None:
         """The front-end has sent a socket, which stays the session's; it replaces the one before.
@@ -79,6 +86,10 @@ class BackendChannel:
         self._session = None
         self._config_due = False
         self._drop(ResourceError("the connection has ended"))
+
+    def close(self) -> None:
+        """Forget what the device shares; the back-end is over."""
+        self.objects.close()
 
     def fileno(self) -> int:
         """What is registered in the epoll now; -1 for nothing."""
@@ -103,8 +114,10 @@ class BackendChannel:
                 # Whoever has not answered so far shall know at least.
                 need_reply = not self._queue.overdue
                 self.send(BackendRequest.CONFIG_CHANGE_MSG, need_reply=need_reply, done=self._config_told)
+        self.objects.announce()
         try:
-            self._queue.flush()
+            if self._queue is not None:
+                self._queue.flush()
         except (VqError, OSError) as error:
             self._give_up(error)
 
@@ -116,7 +129,7 @@ class BackendChannel:
         reason = str(error)
         if isinstance(error, ConnectionClosed):
             reason = "the front-end closed the back-end channel, which lasts as long as the connection"
-        self._warn(f"back-end channel given up: {reason}")
+        self.warn(f"back-end channel given up: {reason}")
         self.broken = True
         self._drop(ResourceError(f"the back-end channel is broken: {reason}"), hang_up=True)
 
@@ -229,4 +242,85 @@ class BackendChannel:
             self._config_due = self._session is not None
             self.flush()
         elif failure is not None:
-            self._warn(f"{failure}; it may go on with the old values")
+            self.warn(f"{failure}; it may go on with the old values")
+
+    def set_host_notifier(
+        self, queue: int, fd: int | None, offset: int = 0, size: int = mmap.PAGESIZE, *, done: Done | None = None
+    ) -> None:
+        """Let the driver kick a queue by a write to memory, a page of a device for instance.
+
+        Parameters
+        ----------
+        queue
+            Index of the virtqueue.
+        fd
+            What the page is mapped from; None takes the notifier away.
+        offset, size
+            Where it lies there; exactly one page.
+        done
+            As for `send`.
+
+        Raises
+        ------
+        UsageError
+            The place is not a page; or as `send`.
+        ResourceError
+            As `send`.
+        """
+        if self._session is not None and not 0 <= queue < len(self._session.rings):
+            raise UsageError(f"host notifier: queue {queue} does not exist")
+        if size != mmap.PAGESIZE or offset % mmap.PAGESIZE:
+            raise UsageError(f"host notifier: {size} bytes at {offset}; it must be a page of {mmap.PAGESIZE} bytes")
+        area = VringArea(queue if fd is not None else queue | VRING_NOFD_MASK, size, offset)
+        request = BackendRequest.VRING_HOST_NOTIFIER_MSG
+        self.send(request, area, [] if fd is None else [fd], need_reply=True, done=done)
+
+    def map_shmem(
+        self,
+        shmid: int,
+        fd: int,
+        *,
+        fd_offset: int = 0,
+        shm_offset: int,
+        length: int,
+        writable: bool = False,
+        done: Done | None = None,
+    ) -> None:
+        """Map a part of a file into a shared memory region of the device, where the driver sees it.
+
+        Parameters
+        ----------
+        shmid
+            Region, of those of the offer.
+        fd, fd_offset
+            The file, and where in it.
+        shm_offset, length
+            Where in the region, in bytes. Nothing else may be mapped there.
+        writable
+            The driver may write.
+        done
+            As for `send`.
+
+        Raises
+        ------
+        UsageError
+            The place is not inside a region, or not made of pages; or as `send`.
+        ResourceError
+            As `send`.
+        """
+        self._check_shmem(shmid, shm_offset, length, fd_offset)
+        part = Mmap(shmid, fd_offset, shm_offset, length, int(writable))
+        self.send(BackendRequest.SHMEM_MAP, part, [fd], need_reply=True, done=done)
+
+    def unmap_shmem(self, shmid: int, shm_offset: int, length: int, *, done: Done | None = None) -> None:
+        """Take away what `map_shmem` has mapped, all of it; raises as that."""
+        self._check_shmem(shmid, shm_offset, length, 0)
+        part = Mmap(shmid, 0, shm_offset, length, 0)
+        self.send(BackendRequest.SHMEM_UNMAP, part, need_reply=True, done=done)
+
+    def _check_shmem(self, shmid: int, shm_offset: int, length: int, fd_offset: int) -> None:
+        size = dict(self._session.offer.shmem).get(shmid, 0) if self._session is not None else 0
+        if length <= 0 or (shm_offset | length | fd_offset) % mmap.PAGESIZE or fd_offset < 0:
+            raise UsageError(f"shmem: {length} bytes at {shm_offset}, from {fd_offset}; only whole pages can be mapped")
+        if not 0 <= shm_offset <= size - length:
+            raise UsageError(f"shmem: {length} bytes at {shm_offset} of region {shmid}, which has {size}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vq.backend_channel import BackendChannel
-from vq.errors import FrontendError
+from vq.errors import FrontendError, UsageError
 from vq.offer import Offer
 from vq_core.queue import Queue
 
@@ -76,6 +76,18 @@ class Device:
 
     def reset(self) -> None:
         """Bring internal state back to its beginning (RESET_DEVICE); all rings are stopped."""
+
+    def save_state(self) -> bytes:
+        """Everything that a device of the same kind needs to go on elsewhere (SET_DEVICE_STATE_FD); all rings stand."""
+        raise UsageError(f"device {self.name} has no state to save")
+
+    def load_state(self, state: bytes) -> None:
+        """Take over what `save_state` gave elsewhere; raises VqError, and changes nothing, if anything is wrong."""
+        raise UsageError(f"device {self.name} has no state to load")
+
+    def shared_object(self, uuid: bytes) -> int | None:
+        """The descriptor of an object that the device shares (GET_SHARED_OBJECT), which stays its own; or None."""
+        return self.channel.objects.find(uuid) if self.channel is not None else None
 
     def read_config(self, offset: int, size: int) -> bytes:
         """`size` bytes of the configuration space from `offset`, which lie inside it (GET_CONFIG)."""

@@ -19,20 +19,30 @@ __all__ = [
     "AddRegion",
     "AdoptMemory",
     "AdvisePostcopy",
+<<<<<<< HEAD
     "ClearInflight",
+=======
+    "CheckState",
+>>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
     "ClearLog",
     "ConfigRead",
     "ConfigWrite",
     "Effect",
     "EnableRing",
     "EndPostcopy",
+    "GetSharedObject",
     "Kick",
+<<<<<<< HEAD
     "MakeInflight",
+=======
+    "LoadState",
+>>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
     "MemoryRegion",
     "PrepareMemory",
     "RemoveRegion",
     "ResetDevice",
     "RingConfig",
+    "SaveState",
     "SendRarp",
     "SetBackendChannel",
     "SetCall",
@@ -341,6 +351,32 @@ class Kick:
     index: int
 
 
+@dataclass(frozen=True, slots=True)
+class SaveState:
+    """Begin to write the device's state to a pipe; raises if that cannot begin."""
+
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """Begin to read a state for the device from a pipe, up to its end; raises if that cannot begin."""
+
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckState:
+    """Tell how the transfer has ended (bool), or None if it is under way; raises if there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class GetSharedObject:
+    """Give the fd of an object that the device shares under this UUID (16 bytes), borrowed; None if there is none."""
+
+    uuid: bytes
+
+
 Effect = (
     SetFeatures
     | SetMemory
@@ -372,4 +408,8 @@ Effect = (
     | ConfigRead
     | ConfigWrite
     | Kick
+    | SaveState
+    | LoadState
+    | CheckState
+    | GetSharedObject
 )

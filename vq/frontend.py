@@ -9,6 +9,10 @@ Spec: vhost-user, "Communication", "Starting and stopping rings"; a front-end's 
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+import mmap
+>>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
 import os
 import select
 import socket
@@ -19,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
+from uuid import UUID
 
 from vq import virtio as v
 from vq.endpoint import Connector, listen
@@ -33,11 +38,20 @@ from vq.message import (
     encode_request,
     request_name,
 )
+<<<<<<< HEAD
 from vq.payload import VRING_NOFD_MASK, Config, Inflight, Log, Region, VringAddr, VringState
+=======
+from vq.payload import VRING_NOFD_MASK, Config, Log, Region, Transfer, VringAddr, VringState
+>>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
 from vq.request_server import Handler, RequestServer
+from vq.state_transfer import STATE_MAX
 from vq.transport import Connection
 
+<<<<<<< HEAD
 INFLIGHT_BYTES_MAX: Final = 1 << 30  # 256 queues of 32768 entries take a quarter of it
+=======
+STATE_NO_FD: Final = 1 << 8  # the back-end uses the pipe that it was given
+>>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
 
 # Replies that may bring an fd, and that must not bring more than one.
 _REPLIES_WITH_FD: Final = frozenset(
@@ -634,6 +648,93 @@ class Frontend:
             value = f"{len(reply.data)} bytes at {reply.offset}"
             raise BackendError("GET_CONFIG", "reply", value, f"{size} bytes at {offset} were asked for")
         return reply.data
+
+    def begin_state(self, fd: int, *, load: bool) -> None:
+        """Have the device save its state to a pipe, or load it from there (the end is where nobody writes any more).
+
+        Raises
+        ------
+        BackendError
+            It refuses.
+        """
+        word, came = self.request_fd(Request.SET_DEVICE_STATE_FD, Transfer(int(load), 0), [fd])
+        if came is not None:
+            os.close(came)
+        if word != STATE_NO_FD or came is not None:
+            limit = f"{STATE_NO_FD:#x} is a success without a descriptor; other channels are not used"
+            raise BackendError("SET_DEVICE_STATE_FD", "reply", f"{word:#x}", limit)
+
+    def check_state(self) -> None:
+        """Wait for the end of the transfer; raises BackendError if it has failed."""
+        if self.request(Request.CHECK_DEVICE_STATE) != 0:
+            raise BackendError("CHECK_DEVICE_STATE", "state", "not transferred", "see the log of the back-end")
+
+    def save_state(self) -> bytes:
+        """Have the device save its state, and read it; at most STATE_MAX bytes. All rings must stand."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            try:
+                self.begin_state(writer, load=False)
+            finally:
+                os.close(writer)
+            state = b""
+            end = time.monotonic() + self.timeout
+            while True:
+                if not select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
+                    raise BackendError("SET_DEVICE_STATE_FD", "state", "incomplete", f"no end in {self.timeout:g} s")
+                data = os.read(reader, 1 << 16)
+                if not data:
+                    break
+                state += data
+                if len(state) > STATE_MAX:
+                    raise BackendError("SET_DEVICE_STATE_FD", "state", "too long", f"the limit is {STATE_MAX} bytes")
+        finally:
+            os.close(reader)
+        self.check_state()
+        return state
+
+    def load_state(self, state: bytes) -> None:
+        """Have the device load a state; raises BackendError if it does not like it. All rings must stand."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            try:
+                self.begin_state(reader, load=True)
+            finally:
+                os.close(reader)
+            os.set_blocking(writer, False)
+            end = time.monotonic() + self.timeout
+            left = memoryview(state)
+            with suppress(BrokenPipeError):  # it has refused already, and says so below
+                while left:
+                    if not select.select([], [writer], [], max(0.0, end - time.monotonic()))[1]:
+                        raise BackendError("SET_DEVICE_STATE_FD", "state", "unread", f"for {self.timeout:g} s")
+                    left = left[os.write(writer, left[: 1 << 16]) :]
+        finally:
+            os.close(writer)
+        self.check_state()
+
+    def get_shared_object(self, uuid: UUID) -> int | None:
+        """Ask for an object that the device shares; the descriptor is the caller's. None: there is none."""
+        _, fd = self.request_fd(Request.GET_SHARED_OBJECT, uuid.bytes)
+        return fd
+
+    def get_shmem_config(self) -> dict[int, int]:
+        """Ask for the shared memory regions of the device: size by id.
+
+        Raises
+        ------
+        BackendError
+            Their number is wrong, or a size that cannot be.
+        """
+        count, *sizes = self.request(Request.GET_SHMEM_CONFIG)
+        found = {shmid: size for shmid, size in enumerate(sizes) if size}
+        if count != len(found):
+            raise BackendError("GET_SHMEM_CONFIG", "nregions", count, f"{len(found)} sizes are not 0")
+        for shmid, size in found.items():
+            if size % mmap.PAGESIZE or size >= 1 << 63:
+                limit = f"a region has whole pages of {mmap.PAGESIZE} bytes"
+                raise BackendError("GET_SHMEM_CONFIG", f"size of region {shmid}", size, limit)
+        return found
 
     def wait_closed(self, timeout: float | None = None) -> bool:
         """Tell whether the back-end closes the connection in time; replies on the way are thrown away."""

@@ -5,6 +5,7 @@ Spec: vhost-user, "Ring states".
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -84,6 +85,21 @@ def set_vring_enable(session: Session, message: Message, ring: RingState) -> Non
     if message.payload.num not in (0, 1):
         raise FrontendError(message.name, f"ring {ring.index}: num", message.payload.num, "0 disables, 1 enables")
     enable(session, ring, message.payload.num == 1)
+
+
+def set_vring_endian(session: Session, message: Message, ring: RingState) -> None:
+    """Take note of the byte order of a ring of a legacy driver: only our own can be served.
+
+    A ring of VERSION_1 is little-endian, whatever this says; one of a legacy driver has the order of the guest. Serving
+    the other order would cost each access to a ring, for guests that hardly anybody runs.
+    """
+    order: VringState = message.payload
+    if order.num not in (0, 1):
+        raise FrontendError(message.name, f"ring {ring.index}: order", order.num, "0 is little-endian, 1 big-endian")
+    legacy = session.features_known and not v.has(session.features, v.VIRTIO_F_VERSION_1)
+    if order.num != (sys.byteorder == "big" and legacy):
+        limit = f"only {sys.byteorder}-endian rings are served" if legacy else "rings of VERSION_1 are little-endian"
+        raise FrontendError(message.name, f"ring {ring.index}: order", order.num, limit)
 
 
 def vring_kick(session: Session, message: Message, ring: RingState) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Final
 
 from vq import virtio as v
 from vq.errors import UsageError
-from vq.payload import CONFIG_MAX
+from vq.payload import CONFIG_MAX, SHMEM_REGIONS_MAX
 
 QUEUES_MAX: Final = 256  # the fd messages carry the ring index in 8 bits
 MEM_SLOTS_MAX: Final = 509
@@ -24,8 +25,15 @@ SERVED_PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_CONFIG,
     v.VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD,
     v.VHOST_USER_PROTOCOL_F_HOST_NOTIFIER,
+<<<<<<< HEAD
     v.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+=======
+    v.VHOST_USER_PROTOCOL_F_CROSS_ENDIAN,
+>>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
     v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+    v.VHOST_USER_PROTOCOL_F_SHARED_OBJECT,
+    v.VHOST_USER_PROTOCOL_F_DEVICE_STATE,
+    v.VHOST_USER_PROTOCOL_F_SHMEM,
     v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
     v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
     v.VHOST_USER_PROTOCOL_F_STATUS,
@@ -69,6 +77,8 @@ class Offer:
         Most regions that ADD_MEM_REG can make, 1..509.
     config_size
         Bytes of the device's configuration space, 0..256.
+    shmem
+        Shared memory regions of the device: id 0..255 and size in bytes, a multiple of the page size, of each.
     """
 
     features: int
@@ -77,6 +87,7 @@ class Offer:
     queue_num_answer: int
     max_mem_slots: int = MEM_SLOTS_MAX
     config_size: int = 0
+    shmem: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse an offer that could not be kept."""
@@ -96,3 +107,8 @@ class Offer:
         ):
             if not low <= value <= high:
                 raise UsageError(f"offer: {name} is {value}; it must be {low} to {high}")
+        ids = [shmid for shmid, _ in self.shmem]
+        if len(set(ids)) < len(ids) or not all(0 <= shmid < SHMEM_REGIONS_MAX for shmid in ids):
+            raise UsageError(f"offer: shmem ids are {ids}; each must be 0 to {SHMEM_REGIONS_MAX - 1}, and there once")
+        if any(size <= 0 or size % mmap.PAGESIZE or size >= 1 << 63 for _, size in self.shmem):
+            raise UsageError(f"offer: the size of a shmem region must be a multiple of {mmap.PAGESIZE} bytes")

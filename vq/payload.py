@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 PAYLOAD_MAX: Final = 4096  # the largest known payload has 2056 bytes
 REGIONS_MAX: Final = 32
 CONFIG_MAX: Final = 256
+SHMEM_REGIONS_MAX: Final = 256
 
 VRING_INDEX_MASK: Final = 0xFF
 VRING_NOFD_MASK: Final = 1 << 8
@@ -287,7 +288,7 @@ INFLIGHT: Final = _Record("=QQHH4x", Inflight._make)
 UUID: Final = _Fixed(16)  # the first three components are big-endian
 TRANSFER: Final = _Record("=II", Transfer._make)
 MMAP: Final = _Record("=B7xQQQQ", Mmap._make)
-SHMEM_CONFIG: Final = _Record("=I4x256Q", tuple)
+SHMEM_CONFIG: Final = _Record(f"=I4x{SHMEM_REGIONS_MAX}Q", tuple)
 RAW: Final = _Raw()
 LOG_OR_WORD: Final = _Either(LOG, U64)
 # Back-ends answer SET_LOG_BASE with 0, 8 or 16 bytes (DPDK, libvhost-user, rust-vmm); front-ends accept all.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from vq.errors import BackendError, ConnectionClosed, VqError
-from vq.message import BACKEND, BACKEND_REQUESTS, BackendRequest, Message, Rule, encode_ack
+from vq.message import BACKEND, BACKEND_REQUESTS, BackendRequest, Message, Rule, close_fds, encode_ack
 from vq.transport import Connection
 
 __all__ = ["Handler", "RequestServer"]
@@ -22,7 +22,7 @@ __all__ = ["Handler", "RequestServer"]
 logger = logging.getLogger(__name__)
 
 # Serves a request whose form has been checked, takes the fds that it keeps, and raises VqError or OSError to refuse.
-# Returns the fd that answers a SHARED_OBJECT_LOOKUP, which stays its own, or None.
+# Returns the fd that answers a SHARED_OBJECT_LOOKUP, which the server closes, or None.
 Handler = Callable[[Message], int | None]
 
 MESSAGES_MAX: Final = 64  # served in one go
@@ -125,9 +125,12 @@ class RequestServer:
             failed = True
         self.refused += failed
         self.served += not failed
-        if (message.need_reply or lookup) and not self.closed:
-            fds = [fd] if lookup and fd is not None and not failed else []
-            self._connection.send(encode_ack(message.request, failed), fds)
+        fds = [] if fd is None else [fd]
+        try:
+            if (message.need_reply or lookup) and not self.closed:
+                self._connection.send(encode_ack(message.request, failed), fds if lookup else [])
+        finally:
+            close_fds(fds)
 
     def _handler(self, message: Message, rule: Rule | None) -> Handler:
         handler = self.handlers.get(message.request)

@@ -14,10 +14,14 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from vq import effects as e
+<<<<<<< HEAD
 from vq import handle_device, handle_features, handle_inflight, handle_memory, handle_postcopy, handle_rings
+=======
+from vq import handle_device, handle_features, handle_memory, handle_postcopy, handle_rings, handle_sharing
+>>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
 from vq import virtio as v
 from vq.errors import FrontendError, ResourceError, UsageError, VqError
 from vq.message import FRONTEND_REQUESTS, Message, Request, Rule, close_fds, encode_ack, encode_reply
@@ -71,6 +75,9 @@ class Session:
     attributes belong to the handlers; everybody else reads them at most.
     """
 
+    # What a handler returns whose answer must wait: it runs again in `resume`, and until then nothing else is received.
+    LATER: ClassVar = object()
+
     def __init__(self, offer: Offer, apply: Callable[[e.Effect], Any]) -> None:
         self.offer = offer
         self._apply = apply
@@ -90,6 +97,7 @@ class Session:
         self.has_inflight = False
         self.backend_channel_fd: int | None = None
         self.reply_fds: list[int] = []  # they go with the reply that `receive` has just given, and are closed then
+        self._owed: Message | None = None
 
     @property
     def suspended(self) -> bool:
@@ -155,12 +163,24 @@ class Session:
         try:
             if self.closed:
                 raise UsageError("session: closed; a new connection needs a new session")
+            if self._owed is not None:
+                raise UsageError("session: an answer is owed; resume() comes first")
             return self._answer(message)
         except BaseException:
             self.close()
             raise
         finally:
             message.close()
+
+    @property
+    def owing(self) -> bool:
+        """Whether the last message has not been answered yet; replies keep the order, so nothing can come before."""
+        return self._owed is not None
+
+    def resume(self) -> bytes | None:
+        """Try again to answer what is owed; None if that must go on waiting. Raises what `receive` raises."""
+        owed, self._owed = self._owed, None
+        return self.receive(owed) if owed is not None else None
 
     def close(self) -> None:
         """Stop all rings, drop memory and log, close all fds. Does nothing the second time."""
@@ -204,6 +224,9 @@ class Session:
             result = transition.run(self, message, *self._ring_for(transition, message))
         except (VqError, OSError) as failure:
             return self._refuse(message, failure, ignore=transition.silent is Silent.IGNORE)
+        if result is self.LATER:
+            self._owed = message
+            return None
         if self._has_own_reply(message):
             return encode_reply(message.request, result)
         # Asked after the message took effect, so that the SET_PROTOCOL_FEATURES that turns REPLY_ACK on is acked.
@@ -300,7 +323,15 @@ TRANSITIONS: Final[dict[int, Transition]] = {
     R.GET_CONFIG: Transition(handle_device.get_config),
     R.SET_CONFIG: Transition(handle_device.set_config, silent=_IGNORE),
     R.RESET_DEVICE: Transition(handle_device.reset_device),
+<<<<<<< HEAD
     R.GET_INFLIGHT_FD: Transition(handle_inflight.get_inflight_fd),
     R.SET_INFLIGHT_FD: Transition(handle_inflight.set_inflight_fd),
     R.GET_VRING_BASE_SKIP_DRAIN: Transition(handle_rings.get_vring_base_skip_drain, _ANY),
+=======
+    R.SET_VRING_ENDIAN: Transition(handle_rings.set_vring_endian, _STOPPED),
+    R.GET_SHARED_OBJECT: Transition(handle_sharing.get_shared_object),
+    R.SET_DEVICE_STATE_FD: Transition(handle_sharing.set_device_state_fd),
+    R.CHECK_DEVICE_STATE: Transition(handle_sharing.check_device_state),
+    R.GET_SHMEM_CONFIG: Transition(handle_sharing.get_shmem_config),
+>>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
 }

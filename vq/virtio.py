@@ -227,6 +227,9 @@ class NetConfig(NamedTuple):
 
 
 _BLK_CONFIG: Final = struct.Struct("<QIIHBBIBBHIB1xHIIIIIB3xIII")
+VIRTIO_ID_NET: Final = 1  # device ids (VIRTIO 1.3, 5)
+VIRTIO_ID_BLOCK: Final = 2
+
 VIRTIO_BLK_CONFIG_SIZE: Final = 96  # the zoned fields at the end are not served and read as zero
 VIRTIO_BLK_CONFIG_WRITEBACK: Final = 32  # offset of the only field that a driver may write
 VIRTIO_BLK_SECTOR_BYTES: Final = 512  # unit of capacity and of all sector numbers, whatever blk_size is

@@ -6,10 +6,13 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+import msgspec
 
 from vq import virtio as v
 from vq.device import Device
+from vq.device_state import pack_state, unpack_state
 from vq.devices.disk_lock import NO_LOCKS, DiskLock
 from vq.errors import FrontendError, ResourceError, UsageError
 from vq.offer import QUEUES_MAX, Offer, with_postcopy
@@ -33,13 +36,25 @@ PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_LOG_SHMFD, v.VHOST_USER_PROTOCOL_F_REPLY_ACK,
     v.VHOST_USER_PROTOCOL_F_BACKEND_REQ, v.VHOST_USER_PROTOCOL_F_CONFIG, v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
     v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_STATUS,
+<<<<<<< HEAD
     v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
     v.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD, v.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT,
     v.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN,
+=======
+    v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS, v.VHOST_USER_PROTOCOL_F_DEVICE_STATE,
+>>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
 )  # fmt: skip
 
 SEG_MAX: Final = 126  # with header and status a request must fit into a queue, to which QEMU gives 128 entries
 POOL_THREADS: Final = 8  # of each worker
+
+
+class BlkState(msgspec.Struct, frozen=True):
+    """What a block device takes along (`vq.device_state`)."""
+
+    features: Annotated[int, msgspec.Meta(ge=0)]  # acknowledged by the driver
+    capacity: Annotated[int, msgspec.Meta(ge=0)]  # sectors that the driver knows of
+    writeback: Annotated[int, msgspec.Meta(ge=0, le=1)]
 
 
 class BlkDevice(Device):
@@ -217,6 +232,21 @@ class BlkDevice(Device):
         self._unlock_if_idle()  # also when a ring was to start and could not
         self._features = 0
         self._writeback = 1
+        self._set_cache()
+
+    def save_state(self) -> bytes:
+        return pack_state(v.VIRTIO_ID_BLOCK, BlkState(self._features, self.disk.capacity, self._writeback))
+
+    def load_state(self, state: bytes) -> None:
+        came = unpack_state(state, v.VIRTIO_ID_BLOCK, BlkState)
+        unoffered = came.features & ~self.offer.features
+        if unoffered:
+            names = ", ".join(v.feature_names(unoffered))
+            raise FrontendError("device state", "features", f"{came.features:#x}", f"{names} is not offered here")
+        if came.capacity > self.disk.capacity:
+            limit = f"the disk has {self.disk.capacity} here; it must be no smaller than where the guest comes from"
+            raise FrontendError("device state", "capacity", came.capacity, limit)
+        self._writeback = came.writeback
         self._set_cache()
 
     def _set_cache(self) -> None:

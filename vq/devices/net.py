@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
+
+import msgspec
 
 from vq import virtio as v
 from vq.device import Device
+from vq.device_state import pack_state, unpack_state
+from vq.errors import FrontendError
 from vq.offer import Offer, with_postcopy
 from vq_core.ports.vhost import VhostPort
 
@@ -26,7 +30,16 @@ PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_MTU, v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
     v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_STATUS,
     v.VHOST_USER_PROTOCOL_F_BACKEND_REQ, v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
+    v.VHOST_USER_PROTOCOL_F_DEVICE_STATE,
 )  # fmt: skip
+
+
+class NetState(msgspec.Struct, frozen=True):
+    """What a network device takes along (`vq.device_state`)."""
+
+    features: Annotated[int, msgspec.Meta(ge=0)]  # acknowledged by the driver
+    pairs: Annotated[int, msgspec.Meta(ge=1, le=128)]  # offered to it
+    mtu: Annotated[int, msgspec.Meta(ge=68, le=65535)] | None = None  # towards the guest
 
 
 class NetDevice(Device):
@@ -92,6 +105,21 @@ class NetDevice(Device):
 
     def send_rarp(self, mac: bytes) -> None:
         self.port.announce(mac)
+
+    def save_state(self) -> bytes:
+        return pack_state(v.VIRTIO_ID_NET, NetState(self._features, len(self.queues) // 2, self._mtu))
+
+    def load_state(self, state: bytes) -> None:
+        came = unpack_state(state, v.VIRTIO_ID_NET, NetState)
+        unoffered = came.features & ~self.offer.features
+        if unoffered:
+            names = ", ".join(v.feature_names(unoffered))
+            raise FrontendError("device state", "features", f"{came.features:#x}", f"{names} is not offered here")
+        if came.pairs > len(self.queues) // 2:
+            limit = f"there are {len(self.queues) // 2} here; give the port as many (queues=)"
+            raise FrontendError("device state", "queue pairs", came.pairs, limit)
+        self._mtu = came.mtu
+        self.port.configure(self._features, self._mtu)
 
     def reset(self) -> None:
         self._features = 0

@@ -1,0 +1,181 @@
+"""What a front-end keeps of the files that a back-end sends: shared memory regions, host notifiers, shared objects.
+
+For the front-end role, which stands in for the VMM here: each class has handlers for `RequestServer`, maps what comes,
+and believes nothing. A file is mapped only as far as it reaches.
+
+Spec: vhost-user, "Back-end message types"; a front-end's duties.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+from vq.errors import BackendError
+from vq.message import BackendRequest, Message
+from vq.payload import VRING_INDEX_MASK, VRING_NOFD_MASK, Mmap, VringArea
+from vq.request_server import Handler
+
+if TYPE_CHECKING:
+    from vq.frontend import Frontend
+
+__all__ = ["NotifierPages", "ObjectDirectory", "ShmemWindows"]
+
+WRITABLE: Final = 1
+PAGE: Final = mmap.PAGESIZE
+END: Final = 1 << 63  # files reach no further
+
+
+def _map(message: Message, offset: int, length: int, *, writable: bool) -> mmap.mmap:
+    """Map a part of the file that came along; its descriptor is closed with the message."""
+    if offset % PAGE or offset >= END - length or os.fstat(message.fds[0]).st_size < offset + length:
+        limit = f"whole pages of {PAGE} bytes inside the file"
+        raise BackendError(message.name, "file", f"{length} bytes at {offset}", limit)
+    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    return mmap.mmap(message.fds[0], length, mmap.MAP_SHARED, access, offset=offset)
+
+
+class ShmemWindows:
+    """The shared memory regions of a device, as the driver sees them.
+
+    Parameters
+    ----------
+    sizes
+        Size in bytes of each region, by id (`Frontend.get_shmem_config`).
+    """
+
+    def __init__(self, sizes: Mapping[int, int]) -> None:
+        self._sizes = dict(sizes)
+        self._parts: dict[tuple[int, int, int], mmap.mmap] = {}  # by region, offset and length
+
+    @property
+    def handlers(self) -> dict[int, Handler]:
+        """Who serves what."""
+        return {BackendRequest.SHMEM_MAP: self._add, BackendRequest.SHMEM_UNMAP: self._remove}
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def _add(self, message: Message) -> None:
+        part: Mmap = message.payload
+        size = self._sizes.get(part.shmid, 0)
+        if part.flags & ~WRITABLE:
+            raise BackendError(message.name, "flags", f"{part.flags:#x}", "only bit 0 has a meaning")
+        if part.len == 0 or (part.len | part.shm_offset) % PAGE or part.len > size or part.shm_offset > size - part.len:
+            value = f"{part.len} bytes at {part.shm_offset}"
+            raise BackendError(message.name, f"region {part.shmid}", value, f"whole pages inside of {size} bytes")
+        for shmid, offset, length in self._parts:
+            if shmid == part.shmid and part.shm_offset < offset + length and offset < part.shm_offset + part.len:
+                value = f"{part.len} bytes at {part.shm_offset}"
+                limit = f"{length} bytes at {offset} are mapped already"
+                raise BackendError(message.name, f"region {shmid}", value, limit)
+        mapped = _map(message, part.fd_offset, part.len, writable=bool(part.flags & WRITABLE))
+        self._parts[part.shmid, part.shm_offset, part.len] = mapped
+
+    def _remove(self, message: Message) -> None:
+        part: Mmap = message.payload
+        mapped = self._parts.pop((part.shmid, part.shm_offset, part.len), None)
+        if mapped is None:
+            value = f"{part.len} bytes at {part.shm_offset}"
+            raise BackendError(message.name, f"region {part.shmid}", value, "no mapping is there with this size")
+        mapped.close()
+
+    def part(self, shmid: int, shm_offset: int) -> mmap.mmap:
+        """What is mapped from this place on; KeyError if nothing is."""
+        return next(part for (i, at, _), part in self._parts.items() if (i, at) == (shmid, shm_offset))
+
+    def close(self) -> None:
+        """Drop all mappings: the device was reset, or the connection has ended."""
+        while self._parts:
+            self._parts.popitem()[1].close()
+
+
+class NotifierPages:
+    """The host notifiers of a device.
+
+    Parameters
+    ----------
+    queues
+        Number of virtqueues.
+
+    Attributes
+    ----------
+    pages : dict
+        What is mapped, by queue.
+    """
+
+    def __init__(self, queues: int) -> None:
+        self._queues = queues
+        self.pages: dict[int, mmap.mmap] = {}
+
+    @property
+    def handlers(self) -> dict[int, Handler]:
+        """Who serves what."""
+        return {BackendRequest.VRING_HOST_NOTIFIER_MSG: self._set}
+
+    def _set(self, message: Message) -> None:
+        area: VringArea = message.payload
+        queue = area.word & VRING_INDEX_MASK
+        if queue >= self._queues:
+            raise BackendError(message.name, "queue", queue, f"there are {self._queues}")
+        page = None
+        if not area.word & VRING_NOFD_MASK:
+            if area.size != PAGE:
+                raise BackendError(message.name, "size", area.size, f"a notifier is a page of {PAGE} bytes")
+            page = _map(message, area.offset, PAGE, writable=True)
+        old = self.pages.pop(queue, None)
+        if old is not None:
+            old.close()
+        if page is not None:
+            self.pages[queue] = page
+
+    def close(self) -> None:
+        """Drop all."""
+        while self.pages:
+            self.pages.popitem()[1].close()
+
+
+class ObjectDirectory:
+    """Which device shares which object, for all devices of a guest."""
+
+    def __init__(self) -> None:
+        self.owners: dict[UUID, Frontend] = {}
+
+    def handlers(self, frontend: Frontend) -> dict[int, Handler]:
+        """Who serves what for the back-end behind a front-end."""
+
+        def uuid_of(message: Message) -> UUID:
+            uuid = UUID(bytes=message.payload)
+            if not uuid.int:
+                raise BackendError(message.name, "uuid", uuid, "nil is no UUID")
+            return uuid
+
+        def add(message: Message) -> None:
+            uuid = uuid_of(message)
+            if uuid in self.owners:
+                raise BackendError(message.name, "uuid", uuid, "it is shared already")
+            self.owners[uuid] = frontend
+
+        def remove(message: Message) -> None:
+            uuid = uuid_of(message)
+            if self.owners.get(uuid) is not frontend:
+                raise BackendError(message.name, "uuid", uuid, "only who shares an object can remove it")
+            del self.owners[uuid]
+
+        def look_up(message: Message) -> int | None:
+            owner = self.owners.get(uuid_of(message))
+            return None if owner is None else owner.get_shared_object(uuid_of(message))
+
+        served: dict[int, Any] = {
+            BackendRequest.SHARED_OBJECT_ADD: add,
+            BackendRequest.SHARED_OBJECT_REMOVE: remove,
+            BackendRequest.SHARED_OBJECT_LOOKUP: look_up,
+        }
+        return served
+
+    def forget(self, frontend: Frontend) -> None:
+        """A connection has ended: what its back-end shared is gone."""
+        self.owners = {uuid: owner for uuid, owner in self.owners.items() if owner is not frontend}
