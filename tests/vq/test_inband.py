@@ -241,7 +241,7 @@ def test_rings_by_message_leave_nothing_behind(hosted: Hosted, path: str) -> Non
         peer.start(1, inband=True)
         peer.close()
         wait_for(lambda: hosted.backend.state == "listening")
-    assert len(os.listdir("/proc/self/fd")) == before
+    wait_for(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
 def test_without_the_feature_a_ring_is_not_kicked_by_message(hosted: Hosted, path: str) -> None:
