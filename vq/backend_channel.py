@@ -9,7 +9,6 @@ Spec: vhost-user, "Back-end message types", "Ring states" (suspended).
 
 from __future__ import annotations
 
-import mmap
 import select
 import struct
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vq import virtio as v
 from vq.errors import ConnectionClosed, ResourceError, UsageError, VqError
 from vq.message import BACKEND_REQUESTS, BackendRequest, Fds, fds_allowed
+from vq.offer import PAGE_BYTES
 from vq.payload import VRING_NOFD_MASK, Mmap, VringArea
 from vq.request_queue import Done, RequestQueue
 from vq.shared_objects import SharedObjects
@@ -245,7 +245,7 @@ class BackendChannel:
             self.warn(f"{failure}; it may go on with the old values")
 
     def set_host_notifier(
-        self, queue: int, fd: int | None, offset: int = 0, size: int = mmap.PAGESIZE, *, done: Done | None = None
+        self, queue: int, fd: int | None, offset: int = 0, size: int = PAGE_BYTES, *, done: Done | None = None
     ) -> None:
         """Let the driver kick a queue by a write to memory, a page of a device for instance.
 
@@ -269,8 +269,8 @@ class BackendChannel:
         """
         if self._session is not None and not 0 <= queue < len(self._session.rings):
             raise UsageError(f"host notifier: queue {queue} does not exist")
-        if size != mmap.PAGESIZE or offset % mmap.PAGESIZE:
-            raise UsageError(f"host notifier: {size} bytes at {offset}; it must be a page of {mmap.PAGESIZE} bytes")
+        if size != PAGE_BYTES or offset % PAGE_BYTES:
+            raise UsageError(f"host notifier: {size} bytes at {offset}; it must be a page of {PAGE_BYTES} bytes")
         area = VringArea(queue if fd is not None else queue | VRING_NOFD_MASK, size, offset)
         request = BackendRequest.VRING_HOST_NOTIFIER_MSG
         self.send(request, area, [] if fd is None else [fd], need_reply=True, done=done)
@@ -320,7 +320,7 @@ class BackendChannel:
 
     def _check_shmem(self, shmid: int, shm_offset: int, length: int, fd_offset: int) -> None:
         size = dict(self._session.offer.shmem).get(shmid, 0) if self._session is not None else 0
-        if length <= 0 or (shm_offset | length | fd_offset) % mmap.PAGESIZE or fd_offset < 0:
+        if length <= 0 or (shm_offset | length | fd_offset) % PAGE_BYTES or fd_offset < 0:
             raise UsageError(f"shmem: {length} bytes at {shm_offset}, from {fd_offset}; only whole pages can be mapped")
         if not 0 <= shm_offset <= size - length:
             raise UsageError(f"shmem: {length} bytes at {shm_offset} of region {shmid}, which has {size}")

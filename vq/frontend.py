@@ -10,9 +10,12 @@ Spec: vhost-user, "Communication", "Starting and stopping rings"; a front-end's 
 from __future__ import annotations
 
 <<<<<<< HEAD
+<<<<<<< HEAD
 =======
 import mmap
 >>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
+=======
+>>>>>>> dacd1a6 (Leave the mapping of what a back-end sends to whom the front-end role serves)
 import os
 import select
 import socket
@@ -39,8 +42,12 @@ from vq.message import (
     request_name,
 )
 <<<<<<< HEAD
+<<<<<<< HEAD
 from vq.payload import VRING_NOFD_MASK, Config, Inflight, Log, Region, VringAddr, VringState
 =======
+=======
+from vq.offer import PAGE_BYTES
+>>>>>>> dacd1a6 (Leave the mapping of what a back-end sends to whom the front-end role serves)
 from vq.payload import VRING_NOFD_MASK, Config, Log, Region, Transfer, VringAddr, VringState
 >>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
 from vq.request_server import Handler, RequestServer
@@ -731,8 +738,8 @@ class Frontend:
         if count != len(found):
             raise BackendError("GET_SHMEM_CONFIG", "nregions", count, f"{len(found)} sizes are not 0")
         for shmid, size in found.items():
-            if size % mmap.PAGESIZE or size >= 1 << 63:
-                limit = f"a region has whole pages of {mmap.PAGESIZE} bytes"
+            if size % PAGE_BYTES or size >= 1 << 63:
+                limit = f"a region has whole pages of {PAGE_BYTES} bytes"
                 raise BackendError("GET_SHMEM_CONFIG", f"size of region {shmid}", size, limit)
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import resource
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +10,7 @@ from vq import virtio as v
 from vq.errors import UsageError
 from vq.payload import CONFIG_MAX, SHMEM_REGIONS_MAX
 
+PAGE_BYTES: Final = resource.getpagesize()
 QUEUES_MAX: Final = 256  # the fd messages carry the ring index in 8 bits
 MEM_SLOTS_MAX: Final = 509
 
@@ -110,5 +111,5 @@ class Offer:
         ids = [shmid for shmid, _ in self.shmem]
         if len(set(ids)) < len(ids) or not all(0 <= shmid < SHMEM_REGIONS_MAX for shmid in ids):
             raise UsageError(f"offer: shmem ids are {ids}; each must be 0 to {SHMEM_REGIONS_MAX - 1}, and there once")
-        if any(size <= 0 or size % mmap.PAGESIZE or size >= 1 << 63 for _, size in self.shmem):
-            raise UsageError(f"offer: the size of a shmem region must be a multiple of {mmap.PAGESIZE} bytes")
+        if any(size <= 0 or size % PAGE_BYTES or size >= 1 << 63 for _, size in self.shmem):
+            raise UsageError(f"offer: the size of a shmem region must be a multiple of {PAGE_BYTES} bytes")

@@ -1,17 +1,17 @@
 """What a front-end keeps of the files that a back-end sends: shared memory regions, host notifiers, shared objects.
 
-For the front-end role, which stands in for the VMM here: each class has handlers for `RequestServer`, maps what comes,
-and believes nothing. A file is mapped only as far as it reaches.
+For the front-end role, which stands in for the VMM here: each class has handlers for `RequestServer`, has mapped what
+comes, and believes nothing. A file is mapped only as far as it reaches.
 
 Spec: vhost-user, "Back-end message types"; a front-end's duties.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+import resource
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from uuid import UUID
 
 from vq.errors import BackendError
@@ -25,17 +25,27 @@ if TYPE_CHECKING:
 __all__ = ["NotifierPages", "ObjectDirectory", "ShmemWindows"]
 
 WRITABLE: Final = 1
-PAGE: Final = mmap.PAGESIZE
+PAGE: Final = resource.getpagesize()
 END: Final = 1 << 63  # files reach no further
 
 
-def _map(message: Message, offset: int, length: int, *, writable: bool) -> mmap.mmap:
-    """Map a part of the file that came along; its descriptor is closed with the message."""
+class Mapped(Protocol):
+    """A part of a file that is mapped."""
+
+    def close(self) -> None:
+        """Unmap it."""
+
+
+# Maps a part of a file, which has been checked to lie inside: descriptor (which is closed afterwards), offset, length,
+# writable. `mmap.mmap` will do.
+MapFile = Callable[[int, int, int, bool], Mapped]
+
+
+def _check_file(message: Message, offset: int, length: int) -> None:
+    """Check that a part lies inside of the file that came along."""
     if offset % PAGE or offset >= END - length or os.fstat(message.fds[0]).st_size < offset + length:
         limit = f"whole pages of {PAGE} bytes inside the file"
         raise BackendError(message.name, "file", f"{length} bytes at {offset}", limit)
-    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    return mmap.mmap(message.fds[0], length, mmap.MAP_SHARED, access, offset=offset)
 
 
 class ShmemWindows:
@@ -45,11 +55,14 @@ class ShmemWindows:
     ----------
     sizes
         Size in bytes of each region, by id (`Frontend.get_shmem_config`).
+    map_file
+        Maps a part of a file.
     """
 
-    def __init__(self, sizes: Mapping[int, int]) -> None:
+    def __init__(self, sizes: Mapping[int, int], map_file: MapFile) -> None:
         self._sizes = dict(sizes)
-        self._parts: dict[tuple[int, int, int], mmap.mmap] = {}  # by region, offset and length
+        self._map_file = map_file
+        self._parts: dict[tuple[int, int, int], Mapped] = {}  # by region, offset and length
 
     @property
     def handlers(self) -> dict[int, Handler]:
@@ -72,7 +85,8 @@ class ShmemWindows:
                 value = f"{part.len} bytes at {part.shm_offset}"
                 limit = f"{length} bytes at {offset} are mapped already"
                 raise BackendError(message.name, f"region {shmid}", value, limit)
-        mapped = _map(message, part.fd_offset, part.len, writable=bool(part.flags & WRITABLE))
+        _check_file(message, part.fd_offset, part.len)
+        mapped = self._map_file(message.fds[0], part.fd_offset, part.len, bool(part.flags & WRITABLE))
         self._parts[part.shmid, part.shm_offset, part.len] = mapped
 
     def _remove(self, message: Message) -> None:
@@ -83,7 +97,7 @@ class ShmemWindows:
             raise BackendError(message.name, f"region {part.shmid}", value, "no mapping is there with this size")
         mapped.close()
 
-    def part(self, shmid: int, shm_offset: int) -> mmap.mmap:
+    def part(self, shmid: int, shm_offset: int) -> Mapped:
         """What is mapped from this place on; KeyError if nothing is."""
         return next(part for (i, at, _), part in self._parts.items() if (i, at) == (shmid, shm_offset))
 
@@ -100,6 +114,8 @@ class NotifierPages:
     ----------
     queues
         Number of virtqueues.
+    map_file
+        Maps a part of a file.
 
     Attributes
     ----------
@@ -107,9 +123,10 @@ class NotifierPages:
         What is mapped, by queue.
     """
 
-    def __init__(self, queues: int) -> None:
+    def __init__(self, queues: int, map_file: MapFile) -> None:
         self._queues = queues
-        self.pages: dict[int, mmap.mmap] = {}
+        self._map_file = map_file
+        self.pages: dict[int, Mapped] = {}
 
     @property
     def handlers(self) -> dict[int, Handler]:
@@ -125,7 +142,8 @@ class NotifierPages:
         if not area.word & VRING_NOFD_MASK:
             if area.size != PAGE:
                 raise BackendError(message.name, "size", area.size, f"a notifier is a page of {PAGE} bytes")
-            page = _map(message, area.offset, PAGE, writable=True)
+            _check_file(message, area.offset, PAGE)
+            page = self._map_file(message.fds[0], area.offset, PAGE, True)
         old = self.pages.pop(queue, None)
         if old is not None:
             old.close()

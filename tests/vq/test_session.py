@@ -163,7 +163,7 @@ def test_status_is_a_byte_and_stops_nothing(ready: Peer) -> None:
         {"config_size": 257},
         {"features": v.mask(v.VIRTIO_F_VERSION_1)},
         {"features": NET_FEATURES | v.mask(v.VIRTIO_F_ACCESS_PLATFORM)},
-        {"protocol_features": v.mask(v.VHOST_USER_PROTOCOL_F_SHMEM)},
+        {"protocol_features": v.mask(v.VHOST_USER_PROTOCOL_F_CRYPTO_SESSION)},
         {"protocol_features": v.mask(v.VHOST_USER_PROTOCOL_F_XEN_MMAP)},
     ],
 )

@@ -51,6 +51,11 @@ def file() -> Iterator[int]:
     os.close(fd)
 
 
+def map_file(fd: int, offset: int, length: int, writable: bool) -> mmap.mmap:
+    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    return mmap.mmap(fd, length, mmap.MAP_SHARED, access, offset=offset)
+
+
 def done(peer: Peer, outcome: Outcome) -> Any:
     """What came of a request, once it has."""
     assert peer.frontend.serve(lambda: bool(outcome.calls))
@@ -65,7 +70,7 @@ def done(peer: Peer, outcome: Outcome) -> Any:
     "VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD",
 )  # fmt: skip
 def test_files_appear_in_the_regions_of_the_device(hosted: Hosted, peer: Peer, file: int) -> None:
-    windows = ShmemWindows(peer.frontend.get_shmem_config())
+    windows = ShmemWindows(peer.frontend.get_shmem_config(), map_file)
     peer.frontend.open_channel(windows.handlers)
     peer.start()
     for shmid, shm_offset, fd_offset, length, writable in (
@@ -127,7 +132,7 @@ def test_a_place_outside_a_region_is_our_own_mistake(hosted: Hosted, peer: Peer,
 
 
 def test_front_end_checks_each_mapping(peer: Peer, file: int) -> None:
-    windows = ShmemWindows(peer.frontend.get_shmem_config())
+    windows = ShmemWindows(peer.frontend.get_shmem_config(), map_file)
     back = RawBackend(peer.frontend, SHMEM_MAP=windows.handlers[B.SHMEM_MAP])
     codec = BACKEND_REQUESTS[B.SHMEM_MAP].payload
     with back.sock:
@@ -185,7 +190,7 @@ def test_regions_that_cannot_be_offered(shmem: tuple[tuple[int, int], ...]) -> N
 
 @pytest.mark.shows("BACKEND_VRING_HOST_NOTIFIER_MSG", "VHOST_USER_PROTOCOL_F_HOST_NOTIFIER")
 def test_a_page_to_kick_by(hosted: Hosted, peer: Peer, file: int) -> None:
-    pages = NotifierPages(2)
+    pages = NotifierPages(2, map_file)
     peer.frontend.open_channel(pages.handlers)
     peer.start()
     for queue, offset in ((0, 0), (1, PAGE), (1, 2 * PAGE)):
@@ -205,7 +210,7 @@ def test_a_page_to_kick_by(hosted: Hosted, peer: Peer, file: int) -> None:
 
 
 def test_front_end_checks_each_page(peer: Peer, file: int) -> None:
-    pages = NotifierPages(2)
+    pages = NotifierPages(2, map_file)
     back = RawBackend(peer.frontend, VRING_HOST_NOTIFIER_MSG=pages.handlers[B.VRING_HOST_NOTIFIER_MSG])
     codec = BACKEND_REQUESTS[B.VRING_HOST_NOTIFIER_MSG].payload
     with back.sock:
