@@ -19,11 +19,8 @@ __all__ = [
     "AddRegion",
     "AdoptMemory",
     "AdvisePostcopy",
-<<<<<<< HEAD
     "ClearInflight",
-=======
     "CheckState",
->>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
     "ClearLog",
     "ConfigRead",
     "ConfigWrite",
@@ -32,11 +29,8 @@ __all__ = [
     "EndPostcopy",
     "GetSharedObject",
     "Kick",
-<<<<<<< HEAD
     "MakeInflight",
-=======
     "LoadState",
->>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
     "MemoryRegion",
     "PrepareMemory",
     "RemoveRegion",

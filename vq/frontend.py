@@ -9,13 +9,6 @@ Spec: vhost-user, "Communication", "Starting and stopping rings"; a front-end's 
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-<<<<<<< HEAD
-=======
-import mmap
->>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
-=======
->>>>>>> dacd1a6 (Leave the mapping of what a back-end sends to whom the front-end role serves)
 import os
 import select
 import socket
@@ -41,24 +34,14 @@ from vq.message import (
     encode_request,
     request_name,
 )
-<<<<<<< HEAD
-<<<<<<< HEAD
-from vq.payload import VRING_NOFD_MASK, Config, Inflight, Log, Region, VringAddr, VringState
-=======
-=======
 from vq.offer import PAGE_BYTES
->>>>>>> dacd1a6 (Leave the mapping of what a back-end sends to whom the front-end role serves)
-from vq.payload import VRING_NOFD_MASK, Config, Log, Region, Transfer, VringAddr, VringState
->>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
+from vq.payload import VRING_NOFD_MASK, Config, Inflight, Log, Region, Transfer, VringAddr, VringState
 from vq.request_server import Handler, RequestServer
 from vq.state_transfer import STATE_MAX
 from vq.transport import Connection
 
-<<<<<<< HEAD
 INFLIGHT_BYTES_MAX: Final = 1 << 30  # 256 queues of 32768 entries take a quarter of it
-=======
 STATE_NO_FD: Final = 1 << 8  # the back-end uses the pipe that it was given
->>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
 
 # Replies that may bring an fd, and that must not bring more than one.
 _REPLIES_WITH_FD: Final = frozenset(

@@ -26,11 +26,8 @@ SERVED_PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_CONFIG,
     v.VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD,
     v.VHOST_USER_PROTOCOL_F_HOST_NOTIFIER,
-<<<<<<< HEAD
     v.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
-=======
     v.VHOST_USER_PROTOCOL_F_CROSS_ENDIAN,
->>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
     v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
     v.VHOST_USER_PROTOCOL_F_SHARED_OBJECT,
     v.VHOST_USER_PROTOCOL_F_DEVICE_STATE,

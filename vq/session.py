@@ -17,11 +17,15 @@ from enum import Enum
 from typing import Any, ClassVar, Final, NamedTuple
 
 from vq import effects as e
-<<<<<<< HEAD
-from vq import handle_device, handle_features, handle_inflight, handle_memory, handle_postcopy, handle_rings
-=======
-from vq import handle_device, handle_features, handle_memory, handle_postcopy, handle_rings, handle_sharing
->>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
+from vq import (
+    handle_device,
+    handle_features,
+    handle_inflight,
+    handle_memory,
+    handle_postcopy,
+    handle_rings,
+    handle_sharing,
+)
 from vq import virtio as v
 from vq.errors import FrontendError, ResourceError, UsageError, VqError
 from vq.message import FRONTEND_REQUESTS, Message, Request, Rule, close_fds, encode_ack, encode_reply
@@ -323,15 +327,12 @@ TRANSITIONS: Final[dict[int, Transition]] = {
     R.GET_CONFIG: Transition(handle_device.get_config),
     R.SET_CONFIG: Transition(handle_device.set_config, silent=_IGNORE),
     R.RESET_DEVICE: Transition(handle_device.reset_device),
-<<<<<<< HEAD
     R.GET_INFLIGHT_FD: Transition(handle_inflight.get_inflight_fd),
     R.SET_INFLIGHT_FD: Transition(handle_inflight.set_inflight_fd),
     R.GET_VRING_BASE_SKIP_DRAIN: Transition(handle_rings.get_vring_base_skip_drain, _ANY),
-=======
     R.SET_VRING_ENDIAN: Transition(handle_rings.set_vring_endian, _STOPPED),
     R.GET_SHARED_OBJECT: Transition(handle_sharing.get_shared_object),
     R.SET_DEVICE_STATE_FD: Transition(handle_sharing.set_device_state_fd),
     R.CHECK_DEVICE_STATE: Transition(handle_sharing.check_device_state),
     R.GET_SHMEM_CONFIG: Transition(handle_sharing.get_shmem_config),
->>>>>>> 5a65b43 (Save and load the state of devices, and share objects, memory regions and host notifiers over the back-end channel)
 }
