@@ -305,11 +305,13 @@ cdef inline bint packed_needs_call(packed_t* ring) noexcept nogil:
         off -= ring.num                              # it names a slot of the lap before
     return ring.used_slot - <int>moved <= off < <int>ring.used_slot
 
-cdef inline void packed_suppress_kicks(packed_t* ring) noexcept nogil:
-    """Ask the driver not to kick."""
-    if not ring.suppressing:
-        ring.suppressing = True
-        vq_store_u16(&ring.device_event.flags, VIRTQ_PACKED_EVENT_FLAG_DISABLE)
+cdef inline bint packed_suppress_kicks(packed_t* ring) noexcept nogil:
+    """Ask the driver not to kick; whether something was stored."""
+    if ring.suppressing:
+        return False
+    ring.suppressing = True
+    vq_store_u16(&ring.device_event.flags, VIRTQ_PACKED_EVENT_FLAG_DISABLE)
+    return True
 
 cdef inline void packed_request_kick(packed_t* ring) noexcept nogil:
     """Ask for a kick at the next available buffer; look at the ring once more afterwards."""

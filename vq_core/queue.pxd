@@ -120,14 +120,10 @@ cdef inline void queue_log_used(queue_t* queue, bint packed, uint16_t slot, uint
     dirty_mark(queue.log, queue.log_guest_addr, 4)
 
 cdef inline void queue_suppress_kicks(queue_t* queue, bint packed) noexcept nogil:
-    """Ask for no kicks, and log the store that says so.
-
-    In the split layout the flags share a page with the used index, which is logged with all that comes next.
-    """
-    cdef bint told = queue.ring.packed.suppressing
-    ring_suppress_kicks(&queue.ring, packed)
-    if packed and not told and queue.log != NULL and queue.log_ring:
-        dirty_mark(queue.log, queue.log_guest_addr, 4)
+    """Ask for no kicks, and log the store that says so: flags or the device's event structure."""
+    cdef bint told = ring_suppress_kicks(&queue.ring, packed)
+    if told and queue.log != NULL and queue.log_ring:
+        dirty_mark(queue.log, queue.log_guest_addr, 4 if packed else 2)
 
 cdef inline void queue_request_kick(queue_t* queue) noexcept nogil:
     """Ask for a kick, and log the store that says so: flags, avail_event or the device's event structure."""

@@ -113,11 +113,8 @@ cdef inline bint ring_undecided(ring_t* ring, bint packed) noexcept nogil:
 cdef inline bint ring_needs_call(ring_t* ring, bint packed) noexcept nogil:
     return packed_needs_call(&ring.packed) if packed else split_needs_call(&ring.split)
 
-cdef inline void ring_suppress_kicks(ring_t* ring, bint packed) noexcept nogil:
-    if packed:
-        packed_suppress_kicks(&ring.packed)
-    else:
-        split_suppress_kicks(&ring.split)
+cdef inline bint ring_suppress_kicks(ring_t* ring, bint packed) noexcept nogil:
+    return packed_suppress_kicks(&ring.packed) if packed else split_suppress_kicks(&ring.split)
 
 cdef inline void ring_request_kick(ring_t* ring, bint packed) noexcept nogil:
     if packed:

@@ -198,12 +198,15 @@ cdef inline bint split_needs_call(split_t* ring) noexcept nogil:
         return not (vq_load_u16(&ring.avail.flags) & VIRTQ_AVAIL_F_NO_INTERRUPT)
     return first or notify_crossed(vq_load_u16(&ring.avail.ring[ring.num]), ring.shadow_used, old)
 
-cdef inline void split_suppress_kicks(split_t* ring) noexcept nogil:
-    """Ask the driver not to kick (2.7.10): with EVENT_IDX by leaving avail_event behind."""
-    if not ring.suppressing:
-        ring.suppressing = True
-        if not ring.event_idx:
-            vq_store_u16(&ring.used.flags, VIRTQ_USED_F_NO_NOTIFY)
+cdef inline bint split_suppress_kicks(split_t* ring) noexcept nogil:
+    """Ask the driver not to kick (2.7.10), with EVENT_IDX by leaving avail_event behind; whether it stored that."""
+    if ring.suppressing:
+        return False
+    ring.suppressing = True
+    if ring.event_idx:
+        return False
+    vq_store_u16(&ring.used.flags, VIRTQ_USED_F_NO_NOTIFY)
+    return True
 
 cdef inline void split_request_kick(split_t* ring) noexcept nogil:
     """Ask for a kick at the next available buffer; look at the ring once more afterwards."""

@@ -1,4 +1,4 @@
-"""The Cython harness of these tests, compiled once a session against vq_core as it is imported."""
+"""The Cython parts of these tests, compiled once a session against vq_core as it is imported."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 
 import vq_core
 
-HARNESS = Path(__file__).with_name("harness.pyx")
-BLK_HAND = Path(__file__).with_name("blk_hand.pyx")
+HERE = Path(__file__).parent
 DIRECTIVES = {"language_level": "3", "freethreading_compatible": True}
 FLAGS = ["-O2", "-fno-strict-aliasing", "-fwrapv", "-DCYTHON_INLINE=inline __attribute__((always_inline, unused))"]
 
@@ -53,10 +52,16 @@ def compile_module(source: Path, build: Path) -> ModuleType:
 @pytest.fixture(scope="session")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The compiled harness.pyx: Feed, Collect and what drives them by hand."""
-    return compile_module(HARNESS, tmp_path_factory.mktemp("harness"))
+    return compile_module(HERE / "harness.pyx", tmp_path_factory.mktemp("harness"))
 
 
 @pytest.fixture(scope="session")
 def blk_hand(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The compiled blk_hand.pyx: the steps of a block device's worker, one by one."""
-    return compile_module(BLK_HAND, tmp_path_factory.mktemp("blk_hand"))
+    return compile_module(HERE / "blk_hand.pyx", tmp_path_factory.mktemp("blk_hand"))
+
+
+@pytest.fixture(scope="session")
+def harvest(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The compiled harvest.pyx: what takes bits out of a dirty log while others set them."""
+    return compile_module(HERE / "harvest.pyx", tmp_path_factory.mktemp("harvest"))

@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator
 from types import ModuleType
 
-import numpy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dirty_rig import LogFile, Watch, ring_pages
 from engine_rig import EVENT_IDX, INDIRECT, MRG_RXBUF, PACKED, PAGE, VERSION_1, Arena, Guest, every_layout, pattern
 from vq_core.dirty import DirtyLog
-from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory
 
 many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -21,63 +20,16 @@ FIRST = 0x10_0000  # low addresses, so that a log of all memory is small
 RINGS = 64 * PAGE
 
 
-class Log:
-    """A log in a memfd, and its pages as numbers."""
-
-    def __init__(self, pages: int = 512, offset: int = 0) -> None:
-        self.fd = os.memfd_create("log", os.MFD_CLOEXEC)
-        self.size, self.offset = pages // 8, offset
-        os.ftruncate(self.fd, offset + self.size + 100)
-        self.log = DirtyLog(self.fd, self.size, offset)
-
-    def marked(self) -> set[int]:
-        """Take the marked pages."""
-        bits = os.pread(self.fd, self.size, self.offset)
-        os.pwrite(self.fd, bytes(self.size), self.offset)
-        return {
-            int(page)
-            for page in numpy.flatnonzero(numpy.unpackbits(numpy.frombuffer(bits, numpy.uint8), bitorder="little"))
-        }
-
-
 @pytest.fixture
-def log() -> Iterator[Log]:
-    log = Log()
+def log() -> Iterator[LogFile]:
+    log = LogFile()
     yield log
-    os.close(log.fd)
+    log.close()
 
 
 @pytest.fixture(scope="module")
 def arena() -> Arena:
     return Arena(GuestMemory(RINGS, guest_addr=FIRST), 48, FIRST + RINGS)
-
-
-def ring_pages(driver: DriverQueue, first: int = 0, count: int | None = None) -> set[int]:
-    """The pages of what the device writes when it uses slots `first` and so on: used elements or descriptors."""
-    count = driver.size if count is None else count
-    desc, _, used = driver.guest_addresses
-    start, size = (desc, 16) if driver.layout == "packed" else (used + 4, 8)
-    pages = range((start + size * first) // PAGE, (start + size * (first + count) - 1) // PAGE + 1)
-    return set(pages) | (set() if driver.layout == "packed" else {used // PAGE})
-
-
-class Watch:
-    """All guest memory before and after."""
-
-    def __init__(self, guest: Guest) -> None:
-        self.regions = [(addr, memoryview(guest.memory.view(addr, size))) for addr, size, *_ in guest.memory.regions]
-        self.before = self.bytes()
-
-    def bytes(self) -> list[bytes]:
-        return [bytes(view) for _, view in self.regions]
-
-    def changed(self) -> set[int]:
-        pages = set()
-        for (addr, _), before, after in zip(self.regions, self.before, self.bytes(), strict=True):
-            for at in range(0, len(before), PAGE):
-                if before[at : at + PAGE] != after[at : at + PAGE]:
-                    pages.add((addr + at) // PAGE)
-        return pages
 
 
 @pytest.mark.shows("VHOST_F_LOG_ALL")
@@ -99,14 +51,14 @@ def test_exactly_the_written_pages_are_marked(
         parts, at = arena.place(at, lengths, data.draw(st.tuples(*[st.sampled_from([0, 1, 3000])] * len(lengths))))
         guest.receiveq.add((), parts, indirect=data.draw(st.booleans()))
     guest.receiveq.publish()
-    log = Log()
+    log = LogFile()
     try:
         with_ring = data.draw(st.booleans())
         for queue, driver in guest.rings:
             queue.set_log(log.log, driver.guest_addresses[2] if with_ring else None)
         for seed in range(data.draw(st.integers(1, 4))):
             source.add(pattern(data.draw(st.integers(1, 6000)), seed))
-        before = Watch(guest)
+        before = Watch(guest.memory)
         harness.move(source, 0, guest.port, 0)
         changed, marked = before.changed(), log.marked()
         delivered = guest.to_guest["packets"]
@@ -121,11 +73,11 @@ def test_exactly_the_written_pages_are_marked(
         else:
             assert marked == changed - used_pages
     finally:
-        os.close(log.fd)
+        log.close()
 
 
 @every_layout
-def test_a_transmitq_writes_no_page_but_those_of_its_used_ring(harness: ModuleType, log: Log, layout: int) -> None:
+def test_a_transmitq_writes_no_page_but_those_of_its_used_ring(harness: ModuleType, log: LogFile, layout: int) -> None:
     memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
     guest, target = Guest(layout, size=1024, memory=memory), harness.Collect()
     driver = guest.transmitq
@@ -134,7 +86,7 @@ def test_a_transmitq_writes_no_page_but_those_of_its_used_ring(harness: ModuleTy
         for number in range(32):
             guest.send(pattern(40, number))
         driver.publish()
-        before = Watch(guest)
+        before = Watch(guest.memory)
         assert harness.move(guest.port, 0, target, 0) == (32, 32)
         marked = log.marked()
         # The first one that finds work says, in the event structure of a packed ring, that no kick is wanted.
@@ -151,7 +103,7 @@ def test_a_transmitq_writes_no_page_but_those_of_its_used_ring(harness: ModuleTy
 
 
 @every_layout
-def test_used_elements_are_logged_over_the_end_of_the_index(harness: ModuleType, log: Log, layout: int) -> None:
+def test_used_elements_are_logged_over_the_end_of_the_index(harness: ModuleType, log: LogFile, layout: int) -> None:
     memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
     guest, target = Guest(layout, size=1024, base=65536 - 16, memory=memory), harness.Collect()
     driver = guest.transmitq
@@ -159,14 +111,14 @@ def test_used_elements_are_logged_over_the_end_of_the_index(harness: ModuleType,
     for _ in range(32):
         guest.send(b"packet")
     driver.publish()
-    before = Watch(guest)
+    before = Watch(guest.memory)
     assert harness.move(guest.port, 0, target, 0) == (32, 32)
     marked = log.marked()
     assert marked == ring_pages(driver, 1008, 16) | ring_pages(driver, 0, 16) >= before.changed()
     assert len(marked) >= 2
 
 
-def test_every_slot_of_a_packed_chain_is_logged(harness: ModuleType, log: Log) -> None:
+def test_every_slot_of_a_packed_chain_is_logged(harness: ModuleType, log: LogFile) -> None:
     """The mark in each later slot is a store as well: here a head ends its page, and the rest lies in the next."""
     memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
     guest, target = Guest(PACKED, size=1024, memory=memory), harness.Collect()
@@ -179,7 +131,7 @@ def test_every_slot_of_a_packed_chain_is_logged(harness: ModuleType, log: Log) -
     guest.port.queues[1].set_log(log.log, driver.guest_addresses[2])
     driver.add([bytes(12), b"packet", b"of three"])
     driver.publish()
-    before = Watch(guest)
+    before = Watch(guest.memory)
     assert harness.move(guest.port, 0, target, 0) == (1, 1)
     assert len(log.marked()) == 2
     assert before.changed() == ring_pages(driver, slot, 3)
@@ -187,7 +139,7 @@ def test_every_slot_of_a_packed_chain_is_logged(harness: ModuleType, log: Log) -
 
 @pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX, PACKED, PACKED | EVENT_IDX])
 @pytest.mark.parametrize("index", [0, 1], ids=["receiveq", "transmitq"])
-def test_asking_for_kicks_is_logged(harness: ModuleType, log: Log, features: int, index: int) -> None:
+def test_asking_for_kicks_is_logged(harness: ModuleType, log: LogFile, features: int, index: int) -> None:
     """Flags and the event field are a part of the used ring as well (protocol 7.5)."""
     memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
     guest, source, target = Guest(features, size=1024, memory=memory), harness.Feed(), harness.Collect()
@@ -201,7 +153,7 @@ def test_asking_for_kicks_is_logged(harness: ModuleType, log: Log, features: int
     harness.move(guest.port, 0, target, 0)
     harness.move(source, 0, guest.port, 0)
     log.marked()
-    before = Watch(guest)
+    before = Watch(guest.memory)
     assert not harness.arm(guest.port, 0, True, True)
     used = driver.guest_addresses[2]
     end = used + (4 if driver.layout == "packed" else 4 + 8 * 1024 + 2)
@@ -216,8 +168,27 @@ def test_asking_for_kicks_is_logged(harness: ModuleType, log: Log, features: int
     assert log.marked() == set()
 
 
+@pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX, PACKED, PACKED | EVENT_IDX])
+def test_asking_for_no_kicks_is_logged(harness: ModuleType, log: LogFile, features: int) -> None:
+    """Also when nothing is used after it: the packet is too long for every buffer."""
+    memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
+    guest, source = Guest(features, size=1024, memory=memory), harness.Feed()
+    queue, driver = guest.rings[0]
+    harness.arm(guest.port, 0, False, True)
+    queue.set_log(log.log, driver.guest_addresses[2])
+    guest.post(100)
+    driver.publish()
+    source.add(bytes(200))
+    before = Watch(memory)
+    harness.move(source, 0, guest.port, 0)
+    assert guest.to_guest["packets"] == 0
+    told = set() if features == VERSION_1 | EVENT_IDX else {driver.guest_addresses[2] // PAGE}
+    begun = (driver.guest_addresses[2] + 4, 8 * 1024)  # used elements that no index exposes
+    assert log.marked() == before.changed([] if features & PACKED == PACKED else [begun]) >= told
+
+
 @every_layout
-def test_a_disabled_transmitq_logs_what_it_gives_back(harness: ModuleType, log: Log, layout: int) -> None:
+def test_a_disabled_transmitq_logs_what_it_gives_back(harness: ModuleType, log: LogFile, layout: int) -> None:
     memory = GuestMemory(64 * PAGE, guest_addr=FIRST)
     guest = Guest(layout, memory=memory)
     queue, driver = guest.rings[1]
@@ -225,7 +196,7 @@ def test_a_disabled_transmitq_logs_what_it_gives_back(harness: ModuleType, log: 
     queue.set_log(log.log, driver.guest_addresses[2])
     guest.send(b"packet")
     driver.publish()
-    before = Watch(guest)
+    before = Watch(guest.memory)
     harness.move(guest.port, 0, harness.Collect(), 0)
     assert log.marked() == before.changed() == ring_pages(driver, 0, 1)
 
@@ -233,7 +204,7 @@ def test_a_disabled_transmitq_logs_what_it_gives_back(harness: ModuleType, log: 
 def test_pages_beyond_the_log_are_counted_and_not_marked(harness: ModuleType) -> None:
     memory = GuestMemory(64 * PAGE, guest_addr=0)
     guest, source = Guest(VERSION_1, memory=memory), harness.Feed()
-    log = Log(pages=32)  # bytes behind it in the file must stay as they are
+    log = LogFile(pages=32)  # bytes behind it in the file must stay as they are
     try:
         os.pwrite(log.fd, b"\xaa" * 100, log.size)
         queue, driver = guest.rings[0]
@@ -246,18 +217,18 @@ def test_pages_beyond_the_log_are_counted_and_not_marked(harness: ModuleType) ->
             source.add(pattern(length, length))
         assert harness.move(source, 0, guest.port, 0) == (4, 4)
         assert log.marked() == {31}
-        # Three packets, of which one crosses the end of the log; the four used elements together, and the index.
-        assert log.log.outside == 3 + 2
+        # Three packets, of which one crosses the end of the log; flags, the four used elements together, and the index.
+        assert log.log.outside == 3 + 3
         assert os.pread(log.fd, 100, log.size) == b"\xaa" * 100
     finally:
-        os.close(log.fd)
+        log.close()
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4095, 4096, 10000])
 def test_a_log_may_begin_anywhere_in_its_file(harness: ModuleType, offset: int) -> None:
     memory = GuestMemory(64 * PAGE, guest_addr=0)
     guest, source = Guest(VERSION_1, memory=memory), harness.Feed()
-    log = Log(offset=offset)
+    log = LogFile(offset=offset)
     try:
         os.pwrite(log.fd, b"\x55" * offset, 0)
         guest.port.queues[0].set_log(log.log)
@@ -268,10 +239,10 @@ def test_a_log_may_begin_anywhere_in_its_file(harness: ModuleType, offset: int) 
         assert log.marked() == {20, 21}
         assert os.pread(log.fd, offset, 0) == b"\x55" * offset
     finally:
-        os.close(log.fd)
+        log.close()
 
 
-def test_bits_of_others_stay(harness: ModuleType, log: Log) -> None:
+def test_bits_of_others_stay(harness: ModuleType, log: LogFile) -> None:
     memory = GuestMemory(64 * PAGE, guest_addr=0)
     guest, source = Guest(VERSION_1, memory=memory), harness.Feed()
     os.pwrite(log.fd, bytes([0b1000_0001]), 20 // 8)
@@ -283,7 +254,7 @@ def test_bits_of_others_stay(harness: ModuleType, log: Log) -> None:
     assert log.marked() == {16, 20, 23}
 
 
-def test_on_and_off(harness: ModuleType, log: Log) -> None:
+def test_on_and_off(harness: ModuleType, log: LogFile) -> None:
     memory = GuestMemory(64 * PAGE, guest_addr=0)
     guest, source = Guest(VERSION_1, memory=memory), harness.Feed()
     queue = guest.port.queues[0]
