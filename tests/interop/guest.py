@@ -10,9 +10,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
@@ -140,7 +141,7 @@ class Guest(Station):
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    def wait_booted(self, timeout: float = BOOT_SECONDS) -> Guest:
+    def wait_booted(self, timeout: float = BOOT_SECONDS) -> Self:
         """Wait until the guest obeys commands."""
         if self._agent is None:
             wait_until(f"{self.name}: QEMU's sockets", self._connect_agent, timeout, [self.child])
@@ -193,7 +194,8 @@ class Guest(Station):
     def kill(self) -> None:
         """Kill QEMU."""
         if self._qmp is not None:
-            self._qmp.close()
+            with suppress(EOFError, OSError):  # QEMU may have ended by itself
+                self._qmp.close()
             self._qmp = None
         if self._agent is not None:
             self._agent.close()

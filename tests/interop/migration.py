@@ -18,6 +18,8 @@ SECONDS = 60
 # Nothing is held back, as the way between the two is a Unix socket; a busy machine may take a second for the last step.
 FAST: Mapping[str, int] = {"max-bandwidth": 4 << 30, "downtime-limit": 1000}
 SLOW: Mapping[str, int] = {"max-bandwidth": 256 << 10, "downtime-limit": 1}  # never comes to its end
+# A pass over all memory lasts long enough for traffic to make pages dirty, so that others follow it.
+MANY_ROUNDS: Mapping[str, int] = {"max-bandwidth": 200 << 20, "downtime-limit": 1}
 AnyGuest = TypeVar("AnyGuest", bound=Guest)
 
 
@@ -85,6 +87,22 @@ def wait_status(source: Guest, *wanted: str, timeout: float = SECONDS) -> dict[s
     return found
 
 
+def wait_rounds(source: Guest, rounds: int) -> None:
+    """Wait until QEMU has asked so often which pages are dirty, or is at the end."""
+
+    def there() -> bool:
+        found = status(source)
+        return found["status"] in ENDED or found.get("ram", {}).get("dirty-sync-count", 0) >= rounds
+
+    wait_until(f"{rounds} rounds", there, SECONDS, [source.child])
+
+
+def cancel(source: Guest) -> None:
+    """Have the guest stay where it is."""
+    source.qmp("migrate_cancel")
+    wait_status(source, "cancelled")
+
+
 def finish(source: Guest, destination: Guest) -> Moved:
     """Wait for the end of a migration, and until the guest runs at the destination."""
     found = wait_status(source, "completed")
@@ -103,6 +121,7 @@ def migrate(
     *,
     capabilities: Iterable[str] = (),
     parameters: Mapping[str, Any] = FAST,
+    rounds: int = 0,
     postcopy: bool = False,
 ) -> Moved:
     """Move a guest, and end QEMU at its old place.
@@ -111,6 +130,9 @@ def migrate(
     ----------
     source, destination, capabilities, parameters
         As for `start`.
+    rounds : int
+        Have the dirty log read so often at least, if the guest makes pages dirty, before the last step is allowed;
+        `MANY_ROUNDS` makes it happen.
     postcopy : bool
         The guest goes over to the destination as soon as memory is being copied; ``postcopy-ram`` is among the
         capabilities then.
@@ -120,6 +142,9 @@ def migrate(
     if postcopy:
         wait_status(source, "active")
         source.qmp("migrate-start-postcopy")
+    if rounds:
+        wait_rounds(source, rounds)
+        source.qmp("migrate-set-parameters", **FAST)
     moved = finish(source, destination)
     source.kill()
     return moved
