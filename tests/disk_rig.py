@@ -24,9 +24,9 @@ PROTOCOL = v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_CON
 
 
 @contextmanager
-def serving(image: Path, path: str, **options: Any) -> Iterator[Server]:
+def serving(image: Path, path: str, *, direct: bool = False, **options: Any) -> Iterator[Server]:
     """A server for a file, in a thread."""
-    server = Server(BlkDevice(Disk(image), **options), path=path)
+    server = Server(BlkDevice(Disk(image, direct=direct), **options), path=path)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

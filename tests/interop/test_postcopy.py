@@ -32,6 +32,11 @@ DIRTIER = "while true; do busybox dd if=/dev/urandom of=/tmp/dirty bs=1048576 co
 SECONDS = 90
 
 
+def leave_traces(guest: Guest, mib: int) -> None:
+    """Write to memory that is free again then: what the guest makes buffers of next must come from its old place."""
+    guest.check(f"busybox yes | busybox head -c {mib * MIB} > /tmp/traces; rm /tmp/traces", 60)
+
+
 class Bulk:
     """Random data on its way by TCP while the guest moves."""
 
@@ -71,6 +76,7 @@ def test_a_guest_moves_by_postcopy_under_checked_traffic(rig: Rig, layout: str) 
     host.await_interface("vq0")
     host.configure(1)
     assert_ping(source, host, count=20)
+    leave_traces(source, 48)
     out = Bulk(source, host, 7001, 48)
     into = Bulk(host, source, 7002, 48)
     source.background(DIRTIER)
@@ -104,6 +110,9 @@ WORK = (
 )
 
 
+READER = "while true; do busybox dd if=/dev/vda of=/dev/null bs=1048576; echo 3 > /proc/sys/vm/drop_caches; done"
+
+
 def rounds(guest: Guest) -> int:
     """How often `WORK` has compared, without a difference."""
     assert guest.run("[ -e /tmp/bad ]").code != 0, guest.run("cat /tmp/bad").output
@@ -118,8 +127,9 @@ def test_a_guest_with_a_disk_moves_by_postcopy(rig: Rig, layout: str) -> None:
     properties = {"packed": "on" if layout == "packed" else "off"}
     backends = [rig.disk(path, "--postcopy", "-vv", name=name) for name in "ab"]
     source = rig.disk_guest(rig.sock("a"), properties=properties)
+    leave_traces(source, 80)
     source.background(WORK)
-    source.background(DIRTIER)
+    source.background(READER)
     wait_until("work on the disk", lambda: rounds(source) > 3, SECONDS, [source.child])
     destination = rig.disk_guest(rig.sock("b"), boot=False, properties=properties, more=(*migration.INCOMING, *TRACE))
     migration.prepare(destination, source)

@@ -140,11 +140,16 @@ def test_memory_comes_anew_while_pages_are_on_their_way(path: str) -> None:
         assert received(guest) == guest.sent
 
 
-def test_a_disk_arrives_with_requests_in_its_ring(tmp_path: Path, path: str) -> None:
+@pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
+def test_a_disk_arrives_with_requests_in_its_ring(tmp_path: Path, path: str, direct: bool) -> None:
+    """Direct input goes into the pages themselves, which the kernel must have in hand first."""
     image = tmp_path / "disk.img"
     make_file(image, MIB)
     data = image.read_bytes()
-    with serving(image, path, postcopy=True), ReadingDisk(path, VERSION_1, GuestMemory(4 * MIB)) as guest:
+    with (
+        serving(image, path, direct=direct, postcopy=True),
+        ReadingDisk(path, VERSION_1, GuestMemory(4 * MIB)) as guest,
+    ):
         wait_for(lambda: guest.pager.asked > 3)
         guest.pager.bring_all()
         guest.frontend.postcopy_end()
