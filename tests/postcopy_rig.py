@@ -77,7 +77,10 @@ class Pager:
         while True:
             if any(fd == self._end_fd for fd, _ in poll.poll()):
                 return
-            event, _, address, _ = EVENT.unpack(os.read(self._uffd, EVENT.size))
+            try:
+                event, _, address, _ = EVENT.unpack(os.read(self._uffd, EVENT.size))
+            except BlockingIOError:
+                continue  # who waited has been woken meanwhile
             assert event == PAGEFAULT
             self.asked += 1
             self.heard.set()

@@ -95,9 +95,11 @@ class Offer:
             raise UsageError(f"offer: {', '.join(unserved)} cannot be served; leave it out")
         if self.protocol_features and not v.has(self.features, v.VHOST_USER_F_PROTOCOL_FEATURES):
             raise UsageError("offer: protocol features need the feature bit VHOST_USER_F_PROTOCOL_FEATURES (30)")
-        slots = v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT, v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
-        if self.protocol_features & slots == slots:
-            raise UsageError("offer: postcopy (PAGEFAULT) and memory slots (CONFIGURE_MEM_SLOTS) exclude each other")
+        if self.protocol_features & POSTCOPY:
+            apart = v.protocol_feature_names(self.protocol_features & ~with_postcopy(self.protocol_features))
+            apart += v.feature_names(self.features & v.mask(v.VIRTIO_F_ACCESS_PLATFORM))
+            if apart:
+                raise UsageError(f"offer: postcopy (PAGEFAULT) and {', '.join(apart)} exclude each other")
         for name, value, low, high in (
             ("queue_count", self.queue_count, 1, QUEUES_MAX),
             ("max_mem_slots", self.max_mem_slots, 1, MEM_SLOTS_MAX),

@@ -127,7 +127,7 @@ def test_a_guest_with_a_disk_moves_by_postcopy(rig: Rig, layout: str) -> None:
     properties = {"packed": "on" if layout == "packed" else "off"}
     backends = [rig.disk(path, "--postcopy", "-vv", name=name) for name in "ab"]
     source = rig.disk_guest(rig.sock("a"), properties=properties)
-    leave_traces(source, 80)
+    leave_traces(source, 48)
     source.background(WORK)
     source.background(READER)
     wait_until("work on the disk", lambda: rounds(source) > 3, SECONDS, [source.child])

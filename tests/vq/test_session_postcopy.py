@@ -23,10 +23,11 @@ from vq import effects as e
 from vq import virtio as v
 from vq.errors import UsageError
 from vq.message import HEADER, REPLY_FLAGS, Request
+from vq.offer import with_postcopy
 
 R = Request
 SLOTS = v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
-POSTCOPY = NET_PROTOCOL_FEATURES & ~SLOTS | v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
+POSTCOPY = with_postcopy(NET_PROTOCOL_FEATURES)
 
 
 @pytest.fixture
@@ -206,9 +207,11 @@ def test_without_the_feature_it_closes(peer: Peer, request_id: Request) -> None:
 
 
 @pytest.mark.shows("VHOST_USER_PROTOCOL_F_PAGEFAULT", "VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS")
-def test_postcopy_and_memory_slots_exclude_each_other() -> None:
-    with pytest.raises(UsageError, match="exclude each other"):
-        net_offer(protocol_features=POSTCOPY | SLOTS)
+def test_what_does_not_go_with_postcopy() -> None:
+    region = v.mask(v.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD)
+    for more in (SLOTS, region):
+        with pytest.raises(UsageError, match="exclude each other"):
+            net_offer(protocol_features=POSTCOPY | more)
 
 
 def test_a_word_in_place_of_a_table_closes(peer: Peer) -> None:
