@@ -175,8 +175,8 @@ cdef bint blk_arm(blk_queue_t* queue) noexcept nogil:
         return False             # what is under way wakes us when it is done
     if inflight_is_again(queue.queue.inflight):
         return True
-    if ring_known(ring, packed) > 0:
-        return True
+    if queue.queue.kick_fd < 0 or ring_known(ring, packed) > 0:
+        return True              # without a kick fd nobody would wake us: the ring is polled
     queue_request_kick(queue.queue)
     # Also for an impossible index, or when memory was lost: taking breaks the ring.
     return ring_has_more(ring, packed) or queue_lost(queue.queue)

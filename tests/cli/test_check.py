@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import vq
+from waiting import wait_for
 
 COMMAND = [sys.executable, "-m", "vq", "check"]
 
@@ -54,6 +55,31 @@ def test_everything_passes_on_our_own(pump: str, kind: str) -> None:
     if kind == "net":
         assert final["pass"] > 120
         assert "out and back" in next(record["reason"] for record in records if record["name"] == "net.packed")
+
+
+@pytest.mark.parametrize("words", [["--queues", "4"], ["--read-only", "--queues", "1"]], ids=["writable", "read-only"])
+def test_everything_passes_on_our_disk(tmp_path: Path, words: list[str]) -> None:
+    """Also while it sleeps; and the file is what it was before."""
+    path, image = tmp_path / "a.sock", tmp_path / "disk.img"
+    content = os.urandom(4 << 20)
+    image.write_bytes(content)
+    command = [sys.executable, "-m", "vq", "blk", "--socket-path", str(path), "--blk-file", str(image), *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        try:
+            wait_for(path.exists, 20)
+            done = call(str(path), "--type", "blk", "--json", "--timeout", "5", timeout=120)
+            assert child.poll() is None
+        finally:
+            child.terminate()
+    *records, final = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record for record in records if record["outcome"] == "fail"] == []
+    assert (done.returncode, final["ok"], final["fail"]) == (0, True, 0), done.stderr
+    # Skipped is what is for another type of device, or what our disk does not offer; nothing else.
+    skipped = {record["name"]: record["reason"] for record in records if record["outcome"] == "skipped"}
+    allowed = ("for --type net", "not offered: INFLIGHT_SHMFD")
+    assert [(name, reason) for name, reason in skipped.items() if reason not in allowed] == []
+    assert final["pass"] > 110
+    assert image.read_bytes() == content
 
 
 def test_a_table_for_people(pump: str) -> None:
