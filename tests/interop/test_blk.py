@@ -7,7 +7,9 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
+import numpy
 import pytest
 
 from interop.guest import DiskGuest
@@ -90,6 +92,36 @@ def assert_the_guest_sees_the_disk_grow(disk: Disk) -> None:
     wait_until("the guest sees the new size", lambda: disk.sysfs("size") == size, 10, [disk.guest.child, disk.backend])
     disk.guest.check("printf end | dd of=/dev/vda bs=512 seek=196607 conv=sync && sync")
     assert disk.path.read_bytes()[-512:] == b"end".ljust(512, b"\0")
+
+
+def test_random_writes_of_many_threads_are_verified_on_both_sides(disk: Disk) -> None:
+    """Four threads on two processors and two queues; each block is right in the guest, and in the file afterwards."""
+    program = disk.path.with_name("writer")
+    source = Path(__file__).with_name("blk_writer.c")
+    subprocess.run(["gcc", "-O2", "-Wall", "-static", "-pthread", "-o", program, source], check=True)
+    binary = program.read_bytes()
+    # The guest finds it where it is not written later: in the last part of its disk.
+    last = 8 * MIB
+    with disk.path.open("r+b") as file:
+        file.seek(disk.path.stat().st_size - last)
+        file.write(binary)
+    guest, blocks = disk.guest, 2048
+    skipped = (64 * MIB - last) // MIB
+    guest.check(f"dd if=/dev/vda of=/tmp/writer bs=1M skip={skipped} && chmod +x /tmp/writer", timeout=60)
+    out = guest.check(f"/tmp/writer /dev/vda 256 {blocks} 4 1500", timeout=120)
+    assert out.strip() == "right"
+    with disk.path.open("rb") as file:
+        file.seek(256 * 4096)
+        found = numpy.frombuffer(file.read(blocks * 4096), "<u8").reshape(blocks, 512)
+    numbers, generations = found[:, :1], found[:, 1:2]
+    assert (numbers[:, 0] == numpy.arange(blocks)).all()
+    assert generations.max() > 1  # some were written again
+    with numpy.errstate(over="ignore"):
+        seeds = numbers * numpy.uint64(0x9E3779B97F4A7C15) ^ generations * numpy.uint64(0xC2B2AE3D27D4EB4F)
+        expected = seeds + numpy.arange(512, dtype="<u8") * numpy.uint64(0x165667B19E3779F9)
+    assert (found[:, 2:] == expected[:, 2:]).all()
+    disk.backend.process.send_signal(signal.SIGTERM)
+    assert disk.backend.process.wait(10) == 0
 
 
 def test_read_only_disk(rig: Rig) -> None:

@@ -185,13 +185,14 @@ def _grouped(runs: Iterable[BlkRun]) -> dict[BlkSettings, dict[str, list[BlkRun]
     return groups
 
 
-def blk_rows(runs: Iterable[BlkRun]) -> list[BlkRow]:
-    """Medians of the runs of one point, one back-end and one tag."""
+def blk_rows(runs: Sequence[BlkRun]) -> list[BlkRow]:
+    """Medians of the runs of one point, one back-end and one tag; back-ends in the order of the first round."""
     found = []
+    names = dict.fromkeys(run.backend for run in runs)
     for tags in _grouped(runs).values():
         for tag, group in tags.items():
-            names = dict.fromkeys(run.backend for run in group)
-            found += [_row(tag, [run for run in group if run.backend == name]) for name in names]
+            by_name = {name: [run for run in group if run.backend == name] for name in names}
+            found += [_row(tag, part) for part in by_name.values() if part]
     return found
 
 

@@ -142,7 +142,7 @@ def _show(
         }
         write_json(encode(record, final=True))
     elif rows:
-        print_table(_table(rows, found), _below(facts, rows, problems, early=early), SPARE)
+        print_table(_table(rows, found, names[0]), _below(facts, rows, problems, early=early), SPARE)
     elif not problems:
         with check_output():
             print("ended before anything was measured", flush=True)
@@ -163,7 +163,7 @@ def _varying(rows: Sequence[BlkRow]) -> list[str]:
     return [f.name for f in fields(BlkSettings) if len({getattr(row.settings, f.name) for row in rows}) > 1]
 
 
-def _table(rows: Sequence[BlkRow], found: Sequence[Ratio]) -> Table:
+def _table(rows: Sequence[BlkRow], found: Sequence[Ratio], first: str) -> Table:
     from rich.table import Table
 
     varying = _varying(rows)
@@ -172,7 +172,7 @@ def _table(rows: Sequence[BlkRow], found: Sequence[Ratio]) -> Table:
 
     def ratio_of(row: BlkRow) -> str:
         ratio = by_point.get((row.settings, row.tag))
-        if ratio is None or row.backend != rows[0].backend:
+        if ratio is None or row.backend != first:
             return ""
         return f"{ratio.ratio:.2f} ({ratio.low:.2f}-{ratio.high:.2f}, {ratio.pairs})"
 
