@@ -185,7 +185,7 @@ def test_the_file_of_a_disk_is_gone_afterwards() -> None:
 def test_the_command_line_of_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: name)
     words = StorageDaemon(0, "aio=io_uring").command(replace(SMALL, queues=2), Path("/a,b"), "/s")
-    assert "filename=/a,,b" in words[2] and words[2].endswith("locking=off,aio=io_uring,node-name=n")
+    assert "filename=/a,,b" in words[2] and words[2].endswith(",aio=io_uring,node-name=n")
     assert "num-queues=2" in words[4]
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ResourceError, match="qemu-utils"):

@@ -123,8 +123,7 @@ class StorageDaemon(OwnBlk):
         """The command line."""
         node = f"driver=null-co,size={NULL_BYTES},read-zeroes=on"
         if disk is not None:
-            # Requests are neither checked nor locked out by QEMU's image locks: vq blk has none of them either.
-            node = f"driver=file,filename={_quoted(str(disk))},locking=off"
+            node = f"driver=file,filename={_quoted(str(disk))}"
             node += f",{self._options}" if self._options else ""
         export = f"vhost-user-blk,id=e,node-name=n,writable=on,num-queues={settings.queues}"
         export += f",addr.type=unix,addr.path={_quoted(path)}"
