@@ -11,12 +11,12 @@ import select
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from vq import virtio as v
 from vq.apply import Applier
 from vq.backend_channel import BackendChannel
+from vq.closing import Closing
 from vq.device import Device
 from vq.endpoint import Connector, Listener, adopt, listen
 from vq.errors import ConnectionClosed, FrontendError, GuestError, PeerError, ResourceError, UsageError, VqError
@@ -41,7 +41,7 @@ WARNINGS_MAX: Final = 10  # of one device at once; one more each second
 REPEAT_S: Final = 30.0  # until the same words are logged again: QEMU reconnects each second, with the same mistake
 
 
-class Backend:
+class Backend(Closing):
     """Hosts a device on a vhost-user socket.
 
     Parameters
@@ -276,14 +276,6 @@ class Backend:
         self._reaper.stop()
         self._timer.close()
         self._epoll.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- connections --
 

@@ -17,11 +17,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Final, Self
 from uuid import UUID
 
 from vq import virtio as v
+from vq.closing import Closing
 from vq.endpoint import Connector, listen
 from vq.errors import BackendError, ConnectionClosed, ResourceError, UsageError
 from vq.message import (
@@ -95,7 +95,7 @@ class _Expected:
         self.message: Message | None = None
 
 
-class Frontend:
+class Frontend(Closing):
     """A connection to a back-end; made by `connect`, `listen` or `adopt`.
 
     Parameters
@@ -168,16 +168,6 @@ class Frontend:
     def adopt(cls, sock: socket.socket, *, timeout: float = 5.0) -> Self:
         """Use a connected socket, such as one end of a socketpair; the front-end owns it from now on."""
         return cls(Connection(sock, replies=True), timeout=timeout)
-
-    def __enter__(self) -> Self:
-        """Close the connection in the end."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the connection."""
-        self.close()
 
     def fileno(self) -> int:
         """Give the socket's fd; -1 when closed."""

@@ -6,17 +6,16 @@ import os
 import select
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from vq.backend import Backend
+from vq.closing import Closing
 from vq.device import Device
 from vq.errors import UsageError
 
 __all__ = ["Server"]
 
 
-class Server:
+class Server(Closing):
     """One device behind one socket, with a loop of its own; the device is closed with it.
 
     Parameters
@@ -71,14 +70,6 @@ class Server:
         self.device.close()
         self._epoll.close()
         os.close(self._wake_fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def disconnect(self) -> None:
         """End the connection and stop listening; the device is still there."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from vq import virtio as v
 from vq.check.outcome import Failed
 from vq.check.raw_ring import RawRing
 from vq.check.verdict import settled
 from vq.check.waiting import until
+from vq.closing import Closing
 from vq.errors import ConnectionClosed
 from vq.frontend import Frontend, RingSetup
 from vq.payload import Region
@@ -41,7 +41,7 @@ CANARY: Final = b"\xa5\x5a" * (PAGE // 2)
 GLANCE_S: Final = 0.03  # for a back-end to look at a ring, where nothing tells that it has
 
 
-class Guest:
+class Guest(Closing):
     """A connection with memory and rings; the rings run unless told otherwise.
 
     Parameters
@@ -99,16 +99,6 @@ class Guest:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        """Close everything in the end."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close everything."""
-        self.close()
 
     def close(self) -> None:
         """Leave: the connection, the rings, the memory."""
