@@ -459,9 +459,13 @@ class Frontend(Closing):
         self._must_be_done(Request.POSTCOPY_END)
 
     def _must_be_done(self, request: int) -> None:
-        answer = self.request(request)
-        if answer != 0:
-            raise BackendError(request_name(request), "reply", answer, "the back-end refused; see its log")
+        # These are answered always; DPDK wants to be asked nevertheless, and QEMU asks.
+        self._transmit(encode_request(request, need_reply=True), ())
+        message = self.receive()
+        try:
+            self._check(request, message, acked=True)
+        finally:
+            message.close()
 
     def send_postcopy_table(self, regions: Sequence[Region], fds: Sequence[int]) -> tuple[Region, ...]:
         """Give the memory table of a postcopy migration; the back-end may not touch it before `release_postcopy_table`.

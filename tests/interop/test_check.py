@@ -35,11 +35,13 @@ def outcomes(records: dict[str, dict[str, str]], *names: str) -> dict[str, str]:
 def test_dpdk(tmp_path: Path) -> None:
     need("dpdk")
     path = tmp_path / "a.sock"
+    vdev = f"net_vhost0,iface={path},postcopy-support=1"
     command = ["dpdk-testpmd", "--lcores", "0@0,1@0", "--main-lcore", "0", "--no-pci", "-m", "256", "--in-memory"]
-    command += ["--single-file-segments", "--vdev", f"net_vhost0,iface={path}", "--", "--no-flush-rx"]
+    command += ["--single-file-segments", "--vdev", vdev, "--", "--no-flush-rx"]
     command += ["--total-num-mbufs=8192", "--forward-mode=io", "--stats-period", "1000"]
     records = check(path, "net", command)
     right = ("framing.reply-form", "acks.every-message", "memory.translation", "net.split", "net.packed")
+    right += ("postcopy.advise", "postcopy.order", "postcopy.listen-with-memory")
     assert set(outcomes(records, *right).values()) == {"pass"}, outcomes(records, *right)
     assert "out and back" in records["net.packed"]["reason"]
     # A message in pieces is read whole or not, as its pieces come.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import vq.check
 from blk_rig import IN, OK, header, make_file
 from disk_rig import VERSION_1, serving
 from postcopy_rig import POSTCOPY, MovingDisk, MovingGuest
@@ -157,6 +158,16 @@ def test_a_disk_arrives_with_requests_in_its_ring(tmp_path: Path, path: str, dir
         for number, buffer in enumerate(guest.buffers):
             assert bytes(buffer.writable[0]) == data[number * 4096 :][:4096]
             assert bytes(buffer.writable[1]) == bytes([OK])
+
+
+def test_vq_check_finds_nothing_wrong(path: str) -> None:
+    with pumping(f"vhost:{path},postcopy"):
+        results = vq.check.run(path, device="net", only=["postcopy.*"])
+    assert [(result.name, result.outcome.value) for result in results] == [
+        ("postcopy.advise", "pass"),
+        ("postcopy.order", "pass"),
+        ("postcopy.listen-with-memory", "pass"),
+    ]
 
 
 # ---- front-ends that do not do their part ----

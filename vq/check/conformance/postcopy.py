@@ -10,9 +10,8 @@ from vq.check.guest import BASIC_PROTOCOL, Guest
 from vq.check.outcome import Failed, Skipped
 from vq.check.registry import check
 from vq.check.target import Target
-from vq.errors import ConnectionClosed
+from vq.errors import BackendError, ConnectionClosed
 from vq.frontend import Frontend
-from vq.message import Request
 
 POSTCOPY = (v.VHOST_USER_PROTOCOL_F_PAGEFAULT,)
 PROTOCOL = BASIC_PROTOCOL | v.mask(*POSTCOPY)
@@ -49,13 +48,15 @@ def listen_with_memory(target: Target) -> str:
     with target.guest(protocol=PROTOCOL) as guest:
         os.close(_advise(guest.frontend))
         try:
-            answer = guest.frontend.request(Request.POSTCOPY_LISTEN)
+            guest.frontend.postcopy_listen()
         except ConnectionClosed:
             return "connection closed"
-        if answer == 0:
-            raise Failed("it was accepted")
-        target.driving.exchange(guest)
-        return "refused"
+        except BackendError as problem:
+            if problem.field != "ack":
+                raise
+            target.driving.exchange(guest)
+            return "refused"
+        raise Failed("it was accepted")
 
 
 def _advise(frontend: Frontend) -> int:
