@@ -26,7 +26,7 @@ from vq.session import TRANSITIONS  # noqa: E402
 DONE: Final = "done"
 REFUSED: Final = "refused cleanly"
 NOT_YET: Final = "not yet"
-UNOFFERED: Final = "done, offered by no device yet"
+UNOFFERED: Final = "done, not offered by net and blk"
 
 FEATURES: Final = "any feature that is not offered"
 PROTOCOL_FEATURES: Final = "any protocol feature that is not offered"
@@ -48,7 +48,8 @@ Made by `scripts/protocol_coverage.py` from the message table, the offers of the
 | state | means |
 |---|---|
 | done | served or offered, and shown by the tests beside it |
-| done, offered by no device yet | the session serves it for a device that offers it; those that exist do not |
+| done, not offered by net and blk | served for a device of yours that offers it, as in the tests; these two \
+have no use for it |
 | refused cleanly | not offered. Used nevertheless, it is nacked, or ends the connection where no answer could say no; \
 nothing else changes |
 | not yet | not built, and nothing that a front-end could bring up |

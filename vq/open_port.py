@@ -104,6 +104,7 @@ def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[]
         packed=spec.get("layout") == "packed",
         slots=spec.get("slots") == "on",
         postcopy=spec.flag("postcopy"),
+        single_queues=spec.get("queue-num") == "queues",
     )
     if spec.inherited:
         backend = Backend(device, fd=find_fd(spec.inherited), changed=changed)

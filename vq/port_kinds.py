@@ -146,6 +146,14 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
                         choices=("on", "off"),
                     ),
                     Option(
+                        "queue-num",
+                        "choice",
+                        "what the number of queues means when a front-end asks: pairs for QEMU and DPDK, "
+                        "single queues for cloud-hypervisor",
+                        default="pairs",
+                        choices=("pairs", "queues"),
+                    ),
+                    Option(
                         "postcopy",
                         "flag",
                         "let guests come here by postcopy migration, from front-ends that you trust; needs userfaultfd",

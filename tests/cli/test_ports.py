@@ -22,12 +22,13 @@ def refusal(text: str) -> str:
 
 
 def test_vhost_with_every_option() -> None:
-    spec = parse_port("vhost:/run/vq/a.sock,client,queues=4,layout=split,slots=off,mode=0660,mtu=9000")
+    spec = parse_port("vhost:/run/vq/a.sock,client,queues=4,layout=split,slots=off,queue-num=queues,mode=0660,mtu=9000")
     assert (spec.kind, spec.target, spec.name) == ("vhost", "/run/vq/a.sock", "vhost:/run/vq/a.sock")
     assert spec.flag("client")
     assert spec.number("queues") == 4
     assert spec.get("layout") == "split"
     assert spec.get("slots") == "off"
+    assert spec.get("queue-num") == "queues"
     assert spec.number("mode") == 0o660
     assert spec.maybe_number("mtu") == 9000
 

@@ -446,3 +446,10 @@ def test_any_sub_burst_moves_every_packet(paths: list[str], sub_burst: int) -> N
         finally:
             pump.request_stop()
             control.join()
+
+
+@pytest.mark.shows("GET_QUEUE_NUM")
+@pytest.mark.parametrize(("option", "answer"), [("", 3), (",queue-num=pairs", 3), (",queue-num=queues", 6)])
+def test_number_of_queues_as_the_front_end_counts_them(paths: list[str], option: str, answer: int) -> None:
+    with pumping(f"vhost:{paths[0]},queues=3{option}"), Guest(paths[0], running=0) as guest:
+        assert guest.frontend.queue_num() == answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 
 import pytest
 
@@ -123,3 +124,46 @@ def test_reset_device_stops_and_disables_and_keeps_the_rest(ready: Peer) -> None
     assert ready.say(R.GET_STATUS) == 0
     ready.start(0)
     assert 0 in ready.plane.rings
+
+
+ENDIAN = NET_PROTOCOL_FEATURES | v.mask(v.VHOST_USER_PROTOCOL_F_CROSS_ENDIAN)
+
+
+@pytest.mark.shows("SET_VRING_ENDIAN", "VHOST_USER_PROTOCOL_F_CROSS_ENDIAN")
+@pytest.mark.parametrize(
+    ("features", "order", "answer"),
+    [
+        (SPLIT, 0, 0),
+        (SPLIT, 1, 1),
+        (v.mask(v.VHOST_USER_F_PROTOCOL_FEATURES), int(sys.byteorder == "big"), 0),
+        (v.mask(v.VHOST_USER_F_PROTOCOL_FEATURES), int(sys.byteorder != "big"), 1),
+        (SPLIT, 2, 1),
+        (SPLIT, 0xFFFFFFFF, 1),
+    ],
+)
+def test_only_our_own_byte_order_is_served(features: int, order: int, answer: int) -> None:
+    peer = Peer(net_offer(protocol_features=ENDIAN))
+    peer.negotiate(features, ENDIAN)
+    peer.share_memory()
+    assert peer.acked(R.SET_VRING_ENDIAN, (0, order)) == answer
+    assert peer.acked(R.SET_VRING_ENDIAN, (4, 0)) == 1
+    peer.start(0)
+    assert peer.acked(R.SET_VRING_ENDIAN, (0, 0)) == 1  # only while the ring stands
+    assert peer.acked(R.SET_VRING_ENDIAN, (1, 0)) == 0
+    peer.close()
+
+
+def test_what_must_not_shrink_is_the_same_in_each_connection() -> None:
+    offer = net_offer(queue_num_answer=4)
+    answers = set()
+    for number in range(3):
+        peer = Peer(offer)
+        peer.negotiate()
+        peer.share_memory()
+        if number:
+            peer.start(0)
+            peer.say(R.RESET_DEVICE)
+        asked = (R.GET_FEATURES, R.GET_PROTOCOL_FEATURES, R.GET_QUEUE_NUM, R.GET_MAX_MEM_SLOTS)
+        answers.add(tuple(peer.say(request) for request in asked))
+        peer.close()
+    assert answers == {(NET_FEATURES, NET_PROTOCOL_FEATURES, 4, 8)}

@@ -12,7 +12,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from channel_rig import ALL, SHMEM, ChannelDevice, Hosted, Outcome, Peer, RawBackend, RawChannel
+from vq import check
 from vq import virtio as v
+from vq.check.outcome import Outcome as CheckOutcome
 from vq.errors import BackendError, FrontendError, ResourceError, UsageError
 from vq.message import BACKEND_REQUESTS, BackendRequest, Request
 from vq.offer import Offer
@@ -335,3 +337,15 @@ def test_without_the_features_nothing_is_asked(hosted: Hosted, path: str, file: 
     assert peer.frontend.wait_closed()
     raw.close()
     peer.close()
+
+
+def test_vq_check_knows_these_messages(hosted: Hosted, path: str) -> None:
+    """Against a device that offers them; and one that loads whatever comes fails."""
+    only = ["sharing.*", "state.garbage", "state.check-without-transfer"]
+    found = {result.name: result.outcome for result in check.run(path, device="any", only=only)}
+    assert found == {
+        "sharing.unknown-object": CheckOutcome.PASS,
+        "sharing.shmem-config": CheckOutcome.PASS,
+        "state.garbage": CheckOutcome.FAIL,
+        "state.check-without-transfer": CheckOutcome.PASS,
+    }

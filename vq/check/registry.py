@@ -25,7 +25,7 @@ Function = Callable[["Target"], str | None]
 ROOMS: Final = {
     Group.CONFORMANCE: (
         "framing", "features", "acks", "queues", "memory", "slots", "postcopy", "rings", "states", "notify", "status",
-        "reset", "config", "log", "inflight", "net", "blk",
+        "reset", "config", "log", "inflight", "inband", "state", "sharing", "net", "blk",
     ),
     Group.HOSTILE: (
         "framing", "fds", "values", "regions", "placement", "avail", "chains", "indirect", "packed", "net", "blk",

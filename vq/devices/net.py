@@ -61,6 +61,8 @@ class NetDevice(Device):
         Offer memory slots; without them a front-end sends the whole memory table for each change.
     postcopy
         Offer to be the destination of a postcopy migration, which memory slots cannot be offered with.
+    single_queues
+        Answer GET_QUEUE_NUM with the number of virtqueues, as cloud-hypervisor expects, in place of pairs.
 
     Notes
     -----
@@ -80,6 +82,7 @@ class NetDevice(Device):
         packed: bool = True,
         slots: bool = True,
         postcopy: bool = False,
+        single_queues: bool = False,
     ) -> None:
         self.name = name
         self.port = VhostPort(name, pairs, report_fd)
@@ -91,7 +94,8 @@ class NetDevice(Device):
             protocol &= ~v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
         if postcopy:
             protocol = with_postcopy(protocol)
-        self.offer = Offer(features, protocol, queue_count=2 * pairs, queue_num_answer=pairs)
+        answer = 2 * pairs if single_queues else pairs
+        self.offer = Offer(features, protocol, queue_count=2 * pairs, queue_num_answer=answer)
         self._default_mtu = self._mtu = mtu
         self._features = 0
 
