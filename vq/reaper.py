@@ -68,13 +68,12 @@ class Reaper:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make `close_fd` use this reaper."""
-        global _active
-        before, _active = _active, self
+        """Make `close_fd` use this reaper, in this thread."""
+        before, _active.reaper = _active.reaper, self
         try:
             yield
         finally:
-            _active = before
+            _active.reaper = before
 
     def _run(self) -> None:
         while (fd := self._work.get()) is not None:
@@ -102,13 +101,19 @@ def _never_waits(fd: int) -> bool:
     return True  # only files that live in memory have seals: memfd, tmpfs, hugetlbfs
 
 
-_active: Reaper | None = None
+class _Active(threading.local):
+    """The reaper of the back-end that a thread serves: several threads may each serve one."""
+
+    reaper: Reaper | None = None
+
+
+_active = _Active()
 
 
 def close_fd(fd: int) -> None:
     """Close a descriptor that came from a peer: by the reaper of the back-end that is being served, else in place."""
-    if _active is not None:
-        _active.close(fd)
+    if _active.reaper is not None:
+        _active.reaper.close(fd)
     else:
         with suppress(OSError):
             os.close(fd)
@@ -116,7 +121,7 @@ def close_fd(fd: int) -> None:
 
 def close_socket(sock: socket.socket) -> None:
     """Close a connection to a peer as `close_fd` does; the peer sees its end now, however long closing takes."""
-    if _active is not None:
+    if _active.reaper is not None:
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
     close_fd(sock.detach())

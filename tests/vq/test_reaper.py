@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from vq.backend import Backend
 from vq.devices.net import NetDevice
-from vq.reaper import GRACE_S, Reaper
+from vq.reaper import GRACE_S, Reaper, close_socket
 
 LINGER_S = 2
 
@@ -99,3 +100,27 @@ def test_a_backend_that_cannot_close_takes_nobody_until_it_can(tmp_path: Path) -
                 backend.dispatch()
             assert backend.state == "connected"
     reader.close()
+
+
+def test_threads_that_serve_do_not_disturb_each_other() -> None:
+    """Whoever begins first and ends first leaves no reaper behind in another thread, nor in its own."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def serve() -> None:
+        with Reaper().active():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=serve)
+    with Reaper().active():
+        thread.start()
+        assert inside.wait(10)
+    ours, theirs = socket.socketpair()
+    copy = socket.socket(fileno=os.dup(ours.fileno()))
+    close_socket(ours)  # in place, since this thread serves nobody: the copy lives on
+    leave.set()
+    thread.join()
+    copy.sendall(b"x")
+    assert theirs.recv(1) == b"x"
+    copy.close()
+    theirs.close()
