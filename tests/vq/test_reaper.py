@@ -115,11 +115,11 @@ def test_threads_that_serve_do_not_disturb_each_other() -> None:
     with Reaper().active():
         thread.start()
         assert inside.wait(10)
+    leave.set()
+    thread.join()
     ours, theirs = socket.socketpair()
     copy = socket.socket(fileno=os.dup(ours.fileno()))
     close_socket(ours)  # in place, since this thread serves nobody: the copy lives on
-    leave.set()
-    thread.join()
     copy.sendall(b"x")
     assert theirs.recv(1) == b"x"
     copy.close()
