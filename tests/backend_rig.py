@@ -12,7 +12,10 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from hypothesis import HealthCheck, Phase, settings
 
 from vhost_rig import open_fds
 from vq import virtio as v
@@ -20,6 +23,7 @@ from vq.device import Device
 from vq.devices.blk import BlkDevice
 from vq.errors import BackendError, ConnectionClosed
 from vq.frontend import Frontend
+from vq.handle_postcopy import Postcopy
 from vq.message import FRONTEND_REQUESTS, NEED_REPLY, VERSION, Message, Request, encode
 from vq.payload import U64
 from vq.pump import Pump
@@ -29,6 +33,19 @@ from vq_core.disk import Disk
 from waiting import wait_for
 
 DEADLINE_S = 20.0  # for anything at all, on a machine that has other work too
+
+
+def machine_settings(usual: int) -> settings:
+    """Settings of a state machine: so many examples in the usual profile, more in proportion in a longer one.
+
+    To make a failure smaller takes many times as long as to find it, so that is left to the long profile.
+    """
+    scale = settings.default.max_examples / 100
+    phases = [Phase.explicit, Phase.reuse, Phase.generate] + ([Phase.shrink] if scale > 1 else [])
+    return settings(
+        max_examples=max(1, round(usual * scale)), stateful_step_count=50, deadline=None, print_blob=True,
+        suppress_health_check=list(HealthCheck), phases=phases,
+    )  # fmt: skip
 
 
 class Errors(logging.Handler):
@@ -55,14 +72,15 @@ class Hosted:
     Parameters
     ----------
     kind
-        "net": a pump of one port, which reflects packets. "blk": a disk that holds nothing.
+        "net": a pump of one port, which reflects packets. "postcopy": the same as destination of a postcopy migration.
+        "blk": a disk that holds nothing.
     """
 
     def __init__(self, kind: str) -> None:
         self.folder = tempfile.mkdtemp(prefix="vq", dir="/tmp")
         self.path = f"{self.folder}/s"
-        if kind == "net":
-            pump = Pump([f"vhost:{self.path},queues=2"])
+        if kind != "blk":
+            pump = Pump([f"vhost:{self.path},queues=2" + (",postcopy" if kind == "postcopy" else "")])
             pump.start()
             assert pump.ports[0].backend is not None
             self.dispatch, self._close, self.backend = pump.dispatch, pump.stop, pump.ports[0].backend
@@ -83,16 +101,13 @@ class Hosted:
     def session(self) -> Session | None:
         return self.backend._session
 
-    def owned(self) -> list[int]:
-        """Every descriptor of the present connection: its socket, and what its parts keep as ``..._fd``."""
+    def owned(self) -> set[int]:
+        """Every descriptor that a part of the present connection knows of; some may be closed already."""
         backend = self.backend
-        owned = [] if backend._connection is None else [backend._connection.fileno()]
-        if backend._channel is not None:
-            owned.append(backend._channel.fileno())
-        if backend._session is not None:
-            for part in (backend._session, *backend._session.rings):
-                owned += _fds_of(part)
-        return owned
+        parts = (backend._connection, backend._session, backend._applier, backend.channel, backend._inband)
+        found: set[int] = set()
+        _collect(parts, "", found, {id(backend), id(self.device)})
+        return found
 
     def serve(self) -> None:
         """Dispatch until there is nothing to do."""
@@ -106,14 +121,29 @@ class Hosted:
             assert time.monotonic() < end, "the back-end is never done"
 
 
-def _fds_of(part: object) -> Iterator[int]:
-    names = list(getattr(part, "__dict__", ())) + list(getattr(type(part), "__slots__", ()))
-    for name in names:
-        value = getattr(part, name)
-        if name.endswith("_fd") and isinstance(value, int):
-            yield value
-        elif name.endswith("_fds"):
-            yield from value
+def _collect(value: object, name: str, found: set[int], seen: set[int]) -> None:
+    """Look for descriptors in an object and all that it holds: by their names, and in what has a `fileno`."""
+    if isinstance(value, int):
+        if name.endswith(("_fd", "_fds", "fds")):
+            found.add(value)
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, (socket.socket, select.epoll)) or type(value).__module__.startswith("vq_core"):
+        if hasattr(value, "fileno"):
+            found.add(value.fileno())
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            _collect(one, name, found, seen)
+    elif isinstance(value, (list, tuple, set, deque)):
+        names = getattr(value, "_fields", [name] * len(value))
+        for one_name, one in zip(names, value, strict=True):
+            _collect(one, one_name, found, seen)
+    elif type(value).__module__.split(".")[0] == "vq":
+        slots = [slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ())]
+        for attribute in [*getattr(value, "__dict__", ()), *slots]:
+            _collect(getattr(value, attribute, None), attribute, found, seen)
 
 
 class Things:
@@ -245,6 +275,8 @@ class Talk:
         if rule is None:
             return "ack" if acks else ""
         if rule.reply is not None and (request != Request.SET_LOG_BASE or self.logs_by_fd()):
+            return "own"
+        if session.postcopy is Postcopy.TABLE_SENT and rule.postcopy_reply is not None:
             return "own"
         return "ack" if acks or (ack and rule.ack_always) else ""
 

@@ -15,23 +15,24 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import message_strategies as m
-from backend_rig import DEADLINE_S, Errors, Hosted, Talk, Things, mappings, settled
+from backend_rig import DEADLINE_S, Errors, Hosted, Talk, Things, machine_settings, mappings, settled
 from blk_rig import FLUSH, header
 from vhost_rig import open_fds
 from vq import virtio as v
+from vq.errors import ResourceError
 from vq.message import FRONTEND_REQUESTS, Fds, Message, Request, fds_allowed
 from vq.payload import VRING_INDEX_MASK, Log, Region, VringAddr, VringState
+from vq.postcopy import check_userfault
 from vq.session import TRANSITIONS, Silent
 from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory
 from waiting import wait_for
 
-pytestmark = pytest.mark.timeout(900)  # to make a failure small takes more than to find it
+pytestmark = pytest.mark.timeout(3600)  # of the long profile
 R = Request
 LOG_ALL = v.mask(v.VHOST_F_LOG_ALL)
 PACKED = v.mask(v.VIRTIO_F_RING_PACKED)
@@ -66,11 +67,6 @@ unknown_number = st.sampled_from([0, max(FRONTEND_REQUESTS) + 1, 255, 1 << 31, 0
 
 def test_every_row_has_a_strategy() -> None:
     assert m.missing() == [], "add a line for the codec to tests/message_strategies.py"
-
-
-def examples(usual: int) -> int:
-    """So many as the profile in use asks for, in proportion."""
-    return max(1, usual * settings.default.max_examples // 100)
 
 
 class Ring:
@@ -300,7 +296,9 @@ class Back(RuleBasedStateMachine):
     def wrong_set_backend_req_fd(self, _: None, fds: list[int]) -> str:
         return "" if fds[0] == self.things.fds["socket"] else "it is no socket"
 
-    def wrong_set_mem_table(self, regions: tuple[Region, ...], fds: list[int]) -> str:
+    def wrong_set_mem_table(self, regions: tuple[Region, ...] | int, fds: list[int]) -> str:
+        if isinstance(regions, int):
+            return "" if self.tainted else "it releases a table of postcopy, and none was sent"
         return self.wrong_regions(list(regions), list(zip(regions, fds, strict=True)))
 
     def wrong_add_mem_reg(self, region: Region, fds: list[int]) -> str:
@@ -489,7 +487,7 @@ class Back(RuleBasedStateMachine):
             self.negotiate()
         if any(ring.started for ring in self.rings):
             return
-        wanted = (m.SPLIT | v.mask(*more)) & self.hosted.device.offer.features & ~UNFORESEEN
+        wanted = (m.SPLIT | v.mask(*more)) & self.hosted.device.offer.features & ~UNFORESEEN & ~PACKED
         assert self.say(R.SET_FEATURES, wanted | (PACKED if packed else 0)) == "done"
         if not self.has_good_memory():
             self.share()
@@ -518,7 +516,7 @@ class Back(RuleBasedStateMachine):
         return any(region == self.good for region, _ in self.regions)
 
     def used_rings(self) -> list[int]:
-        return [0, 1] if self.kind == "net" else [0]
+        return [0] if self.kind == "blk" else [0, 1]
 
     def runs(self) -> bool:
         """Whether rings started by `start_properly` must work now."""
@@ -534,7 +532,7 @@ class Back(RuleBasedStateMachine):
         """Something moves over the rings and is right."""
         self.step_began = time.monotonic()
         drivers = [ring.driver for ring in self.rings if ring.driver is not None]
-        if self.kind == "net":
+        if self.kind != "blk":
             receiveq, transmitq = drivers
             data = os.urandom(48)
             receiveq.add(writable=[12 + 48])
@@ -625,9 +623,15 @@ class Back(RuleBasedStateMachine):
     def held(self) -> dict[int, str]:
         """What the process may hold now, beside what it does without a connection."""
         now = open_fds()
-        more = [*self.hosted.owned(), self.talk.frontend.fileno(), *self.driver_fds()]
-        assert len(set(more)) == len(more) and not set(more) & set(self.idle_fds), "one is owned twice"
-        return self.idle_fds | {fd: now.get(fd, "closed") for fd in more}
+        more = {self.talk.frontend.fileno(), *self.driver_fds(), *(self.hosted.owned() - set(self.idle_fds))}
+        return self.idle_fds | {fd: now[fd] for fd in more if fd in now}
+
+    @invariant()
+    def descriptors_of_rings_are_open(self) -> None:
+        session, now = self.hosted.session, open_fds()
+        for ring in session.rings if session is not None else ():
+            owned = {fd for fd in (ring.kick_fd, ring.call_fd, ring.err_fd) if fd is not None}
+            assert owned <= set(now) - set(self.idle_fds)
 
     @invariant()
     def mappings_are_accounted_for(self) -> None:
@@ -643,7 +647,7 @@ PROTOCOLS = v.mask(
     v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_LOG_SHMFD, v.VHOST_USER_PROTOCOL_F_RARP,
     v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_MTU, v.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
     v.VHOST_USER_PROTOCOL_F_CONFIG, v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
-    v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_STATUS,
+    v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_STATUS, v.VHOST_USER_PROTOCOL_F_PAGEFAULT,
 )  # fmt: skip
 UNFORESEEN = v.mask(v.VIRTIO_F_ACCESS_PLATFORM)  # ring addresses mean something else then
 
@@ -656,10 +660,25 @@ class BlkBack(Back):
     kind = "blk"
 
 
-SETTINGS = settings(
-    max_examples=examples(25), stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
-)
+def userfaultfd_is_permitted() -> bool:
+    try:
+        check_userfault()
+    except ResourceError:
+        return False
+    return True
+
+
+class PostcopyBack(Back):
+    kind = "postcopy"
+
+
+SETTINGS = machine_settings(25)
 TestNet = NetBack.TestCase
 TestNet.settings = SETTINGS
 TestBlk = BlkBack.TestCase
 TestBlk.settings = SETTINGS
+TestPostcopy = PostcopyBack.TestCase
+TestPostcopy.settings = SETTINGS
+TestPostcopy.pytestmark = [
+    pytest.mark.skipif(not userfaultfd_is_permitted(), reason="userfaultfd is not permitted here")
+]

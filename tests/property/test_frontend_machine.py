@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import message_strategies as m
-from backend_rig import DEADLINE_S, Things, settled
+from backend_rig import DEADLINE_S, Things, machine_settings, settled
 from vhost_rig import open_fds
 from vq import virtio as v
 from vq.errors import BackendError, ConnectionClosed, VqError
@@ -25,17 +24,12 @@ from vq.frontend import Frontend, RingSetup
 from vq.message import FRONTEND_REQUESTS, HEADER, REPLY_FLAGS, Request, encode, fds_allowed
 from vq.payload import U64, Region
 
-pytestmark = pytest.mark.timeout(900)  # to make a failure small takes more than to find it
+pytestmark = pytest.mark.timeout(3600)  # of the long profile
 R = Request
 TIMEOUT_S = 0.02  # of the front-end: answers are there before it asks
 ALL_PROTOCOL = v.mask(*range(24)) & ~v.mask(v.VHOST_USER_PROTOCOL_F_XEN_MMAP)
 mostly = st.sampled_from([True] * 4 + [False])
 request_number = st.sampled_from(sorted(FRONTEND_REQUESTS))
-
-
-def examples(usual: int) -> int:
-    """So many as the profile in use asks for, in proportion."""
-    return max(1, usual * settings.default.max_examples // 100)
 
 
 class Front(RuleBasedStateMachine):
@@ -256,6 +250,4 @@ class Front(RuleBasedStateMachine):
 
 
 TestFront = Front.TestCase
-TestFront.settings = settings(
-    max_examples=examples(40), stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestFront.settings = machine_settings(40)

@@ -12,10 +12,10 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from backend_rig import machine_settings
 from vhost_rig import (
     NET_FEATURES,
     NET_PROTOCOL_FEATURES,
@@ -386,6 +386,4 @@ class Front(RuleBasedStateMachine):
 
 
 TestFront = Front.TestCase
-TestFront.settings = settings(
-    max_examples=50, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestFront.settings = machine_settings(50)
