@@ -105,7 +105,7 @@ def send(guest: DiskGuest, readable: list[object], writable: list[object], count
 @every_size
 @pytest.mark.parametrize("kind", [IN, OUT])
 def test_data_is_taken_away(guest: DiskGuest, lost: LoseableMemory, kind: int, size: int) -> None:
-    """The kernel comes upon it: the request fails, and what was written to the disk is nothing."""
+    """Line 11: the kernel comes upon it: the request fails, and what was written to the disk is nothing."""
     lost.truncate()
     place = (DATA, size)
     send(guest, [header(kind, 0)] + [place] * (kind == OUT), [place] * (kind == IN) + [1])
@@ -115,7 +115,7 @@ def test_data_is_taken_away(guest: DiskGuest, lost: LoseableMemory, kind: int, s
 @every_layout
 @every_size
 def test_data_is_taken_away_under_requests(guest: DiskGuest, lost: LoseableMemory, size: int) -> None:
-    """The same in the middle of many of them."""
+    """Line 11: the same in the middle of many of them."""
     send(guest, [header(IN, 0)], [(DATA, size), 1], 20)
     lost.truncate()
     time.sleep(0.002)
@@ -126,7 +126,7 @@ def test_data_is_taken_away_under_requests(guest: DiskGuest, lost: LoseableMemor
 @every_layout
 @pytest.mark.parametrize("part", ["header", "status", "serial"])
 def test_what_the_worker_touches_is_taken_away(guest: DiskGuest, lost: LoseableMemory, part: str) -> None:
-    """Header, status byte and the serial number are read and written by the worker itself."""
+    """Line 11: header, status byte and the serial number are read and written by the worker itself."""
     lost.truncate()
     if part == "header":
         send(guest, [(DATA, 16)], [512, 1])
@@ -142,7 +142,7 @@ def test_what_the_worker_touches_is_taken_away(guest: DiskGuest, lost: LoseableM
 @pytest.mark.parametrize("layout", [0], ids=["split"])
 @pytest.mark.parametrize("idle", [False, True])
 def test_the_ring_is_taken_away(guest: DiskGuest, lost: LoseableMemory, layout: int, idle: bool) -> None:
-    """The worker meets it when it is kicked, or while it serves."""
+    """Line 11: the worker meets it when it is kicked, or while it serves."""
     guest.frontend.stop_ring(0)
     ring = lost.ring(64)
     base = lost.user_addr
