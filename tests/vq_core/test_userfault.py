@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ import pytest
 
 from vq_core.guest_memory import GuestMemory
 from vq_core.memory import MemoryMap
-from vq_core.userfault import Userfault
+from vq_core.userfault import DEVICE, Userfault
 
 PAGE = 4096
 BYTES = 16 * PAGE
@@ -94,3 +97,24 @@ def test_memory_of_a_disk_is_refused(userfault: Userfault) -> None:
 
 def test_nobody_waits_at_first(userfault: Userfault) -> None:
     assert userfault.waiting == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="gives up privileges")
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--bounding-set", "-sys_ptrace,-sys_admin"], "0"),  # by /dev/userfaultfd, which is root's
+        (["--reuid", "65534", "--clear-groups", "--bounding-set", "-all"], "not permitted"),
+    ],
+    ids=["device", "nobody"],
+)
+def test_what_it_takes(words: list[str], answer: str) -> None:
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1" or not Path(DEVICE).exists():
+        pytest.skip("everybody may have one, or there is no device")
+    code = (
+        "from vq_core.userfault import Userfault\n"
+        "try:\n    print(Userfault().waiting)\nexcept PermissionError:\n    print('not permitted')"
+    )
+    command = ["setpriv", *words, "--inh-caps", "-all", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.strip() == answer, done.stderr
