@@ -17,9 +17,9 @@ from vq_core.packed cimport PACKED_WRAP_BITS, packed_has_more, packed_t
 from vq_core.port cimport BURST_MAX
 from vq_core.split cimport split_t
 from vq_core.virtio cimport (VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
-                             VIRTQ_PACKED_DESC_F_AVAIL, VIRTQ_PACKED_DESC_F_USED, VIRTQ_SIZE_MAX, gpa_t, has_feature,
-                             virtio_net_hdr_t, virtq_avail_t, virtq_desc_t, virtq_packed_desc_t, virtq_packed_event_t,
-                             virtq_used_elem_t, virtq_used_t)
+                             VIRTQ_DESC_F_NEXT, VIRTQ_PACKED_DESC_F_AVAIL, VIRTQ_PACKED_DESC_F_USED, VIRTQ_SIZE_MAX,
+                             gpa_t, has_feature, virtio_net_hdr_t, virtq_avail_t, virtq_desc_t, virtq_packed_desc_t,
+                             virtq_packed_event_t, virtq_used_elem_t, virtq_used_t)
 
 # Text and section of each BROKEN_* cause, in their order.
 BROKEN_CAUSES = (
@@ -74,12 +74,15 @@ cdef void queue_place(queue_t* queue) noexcept nogil:
     cdef split_t* split = &queue.ring.split
     cdef packed_t* packed = &queue.ring.packed
     cdef uint32_t what = queue.unplaced
-    cdef uint16_t slot = 0
-    cdef bint wrap = True
+    cdef uint16_t slot = packed.avail_slot
+    cdef bint wrap = packed.avail_flags & VIRTQ_PACKED_DESC_F_AVAIL != 0
     queue.unplaced = 0
     if queue.ring.is_packed:
         if what & PLACE_AVAIL:
-            _find_place(packed, &slot, &wrap)
+            if slot == 0 and wrap:
+                _find_place(packed, &slot, &wrap)
+            else:
+                _check_place(packed, &slot, &wrap)
             _set_place(packed, slot, wrap)
     elif what & PLACE_USED:
         split.next_used = split.shadow_used = split.signalled_used = vq_load_u16(&split.used.idx)  # read once
@@ -171,6 +174,45 @@ cdef void _find_place(packed_t* ring, uint16_t* slot, bint* wrap) noexcept nogil
             return
     slot[0] = 0
     wrap[0] = first == 0
+
+
+cdef void _check_place(packed_t* ring, uint16_t* slot, bint* wrap) noexcept nogil:
+    """Put a place right that the ring belies.
+
+    QEMU cannot look where a packed ring stands when its back-end is gone: it says the place at which the ring was
+    stopped last, which for a guest that was migrated or paused lies any number of laps back.
+
+    Only marks that change once, as in `_find_place`, count as an answer. Other devices leave the slots behind the first
+    of a chain as they are: if these alone lie between the answer and what was said, that was right. Marks that change
+    nowhere and are all 0 may be those of a fresh ring.
+    """
+    cdef uint16_t first = vq_load_u16(&ring.desc[0].flags) & VIRTQ_PACKED_DESC_F_USED
+    cdef uint16_t last = first, flags, i, found = 0
+    cdef int changes = 0
+    for i in range(1, ring.num):
+        flags = vq_load_u16(&ring.desc[i].flags) & VIRTQ_PACKED_DESC_F_USED
+        if flags != last:
+            changes += 1
+            found = i
+            last = flags
+    if changes > 1 or (changes == 0 and first == 0):
+        return
+    cdef bint lap = first != 0 if changes else False
+    if (slot[0] >= found) == (lap == wrap[0]):
+        if slot[0] == found or _is_rest_of_chain(ring, found, slot[0]):
+            return
+    slot[0] = found
+    wrap[0] = lap
+
+
+cdef bint _is_rest_of_chain(packed_t* ring, uint16_t begin, uint16_t end) noexcept nogil:
+    """Whether the slots from `begin` up to `end`, round the ring, can be those of a chain behind its first one."""
+    cdef uint16_t i = begin
+    cdef bint more = True
+    while i != end and more:
+        more = vq_load_u16(&ring.desc[i].flags) & VIRTQ_DESC_F_NEXT != 0
+        i = i + 1 if i + 1 < ring.num else 0
+    return i == end and not more
 
 
 cdef void _set_place(packed_t* ring, uint16_t slot, bint wrap) noexcept nogil:
@@ -388,7 +430,7 @@ cdef class Queue:
         ring.num = num
         ring.mask = _elements(num) - 1
         ring.batch = self._batches and has_feature(features, VIRTIO_F_IN_ORDER)
-        if in_order and slot == 0 and wrap and not ring.batch:
+        if in_order and not ring.batch:
             queue.unplaced = PLACE_AVAIL
         _set_place(ring, slot, wrap)
         ring.chain_slots = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from engine_rig import IN_ORDER, PACKED, Guest, pattern
@@ -112,5 +112,59 @@ def test_a_ring_given_back_in_batches_is_not_asked(harness: ModuleType) -> None:
     guest.transmitq.publish()
     guest.start(base=BEGINNING)
     target.take()
+    assert harness.move(guest.port, 0, target, 0) == (1, 1)
+    assert [packet.data for packet in target.take()] == [b"next"]
+
+
+def place(base: int) -> tuple[int, bool]:
+    return base & 0x7FFF, bool(base & 0x8000)
+
+
+@many
+@given(laps=st.lists(st.integers(1, 12), min_size=1, max_size=20), waiting=st.integers(0, 8), data=st.data())
+def test_a_place_of_long_ago_is_put_right(
+    harness: ModuleType, memory: GuestMemory, laps: list[int], waiting: int, data: st.DataObject
+) -> None:
+    """What a front-end kept from the last stop, before a move to another host, and says when the device has crashed."""
+    guest, target = packed(memory, size=16), harness.Collect()
+    before = [0x8000]
+    for count in laps:
+        for number in range(count):
+            guest.send(bytes([number + 1]))
+        guest.transmitq.publish()
+        assert harness.move(guest.port, 0, target, 0) == (count, count)
+        guest.transmitq.poll()
+        before.append(guest.stop()[1])
+        guest.start(base=before[-1])
+    for number in range(waiting):
+        guest.send(bytes([100 + number]))
+    guest.transmitq.publish()
+    stale = data.draw(st.sampled_from(before), "base")
+    slot, wrap = place(before[-1])
+    marks = {int(flags) & USED for flags in guest.transmitq.desc["flags"]}
+    assume(marks != {0})  # a ring of which nothing can be told
+    assume(place(stale) != ((slot + 1) % 16, wrap ^ (slot == 15)))  # as behind a chain of two, where something waits
+    guest.stop()
+    target.take()
+    guest.start(base=stale)
+    assert harness.move(guest.port, 0, target, 0) == (waiting, waiting)
+    assert [packet.data for packet in target.take()] == [bytes([100 + number]) for number in range(waiting)]
+
+
+def test_slots_that_another_device_left_alone_are_no_reason_to_doubt(harness: ModuleType) -> None:
+    """Chains used at their first slot only: the place behind them is right, and stays."""
+    guest, target = packed(size=16), harness.Collect()
+    send_chain(guest, b"a packet in four", 4)
+    guest.transmitq.publish()
+    assert harness.move(guest.port, 0, target, 0) == (1, 1)
+    base = guest.stop()[1]
+    assert base == 0x8004
+    for slot in range(1, 4):  # as they were when the driver made them available
+        guest.transmitq.desc["flags"][slot] = AVAIL | (0 if slot == 3 else 1)
+    guest.start(base=base)
+    target.take()
+    guest.transmitq.poll()
+    guest.send(b"next")
+    guest.transmitq.publish()
     assert harness.move(guest.port, 0, target, 0) == (1, 1)
     assert [packet.data for packet in target.take()] == [b"next"]
