@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 LAYOUTS: dict[str, dict[str, str | int]] = {"split": {}, "packed": PACKED}
 MIGRATIONS = 20
 MIB = 1 << 20
-WRITERS, SLOTS, BLOCK = 3, 32, 65536  # as disk_work.sh has them
+WRITERS, SLOTS, BLOCK = 2, 32, 65536  # as disk_work.sh has them
 WORK_SECONDS = 60  # for some blocks more, on a busy machine
 
 
@@ -33,7 +33,7 @@ class Disk:
         self.rig = rig
         self.properties = properties
         self.path = rig.scratch / "disk.img"
-        self.content = os.urandom(16 * MIB)
+        self.content = os.urandom(4 * MIB)
         with self.path.open("wb") as made:
             made.truncate(96 * MIB)
             made.seek(64 * MIB)
@@ -131,7 +131,7 @@ def test_blocks_survive_migrations(disk: Disk) -> None:
     *written, rounds = work.finish()
     downtimes = [moved.downtime_ms for moved in moves]
     disk.rig.note(
-        f"{len(moves)} migrations, {sum(written)} blocks written and {rounds * 16} MiB read; "
+        f"{len(moves)} migrations, {sum(written)} blocks written and {rounds * 4} MiB read; "
         f"downtime {statistics.median(downtimes):.0f} ms, at most {max(downtimes)} ms"
     )
 
