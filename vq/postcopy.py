@@ -10,6 +10,7 @@ worker then (vq_core/handover.pyx).
 from __future__ import annotations
 
 import fcntl
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -21,6 +22,8 @@ from vq_core.queue import Queue
 from vq_core.userfault import Userfault
 
 __all__ = ["PATIENCE_S", "PostcopyMemory", "check_userfault"]
+
+logger = logging.getLogger(__name__)
 
 PATIENCE_S: Final = 5.0  # well below what handover.pyx gives a worker
 LOOK_S: Final = 0.25
@@ -135,7 +138,11 @@ class PostcopyMemory:
             stood = self._look(stood) if userfault.waiting else {}
             # Counted in looks, not by the clock: a process that was stopped has not waited.
             if any(looks * LOOK_S >= PATIENCE_S for _, looks in stood.values()):
-                userfault.forsake()
+                try:
+                    userfault.forsake()
+                except OSError as error:
+                    logger.error("memory that does not come cannot be taken away yet: %s", error)
+                    continue
                 self.hopeless = True
                 self._gave_up()
                 return
