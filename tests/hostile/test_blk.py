@@ -24,7 +24,8 @@ from blk_rig import (
     make_file,
     ranges,
 )
-from engine_rig import PACKED, VERSION_1
+from engine_rig import PACKED, VERSION_1, every_layout
+from inflight_rig import InflightFile
 from waiting import wait_for
 
 SECTORS = 2048
@@ -182,3 +183,30 @@ def test_readable_after_writable(split_guest: BlkGuest) -> None:
     desc["flags"][head] |= 2
     split_guest.go()
     assert "device-readable descriptor after" in split_guest.broken()
+
+
+@pytest.mark.checklist(39)
+@every_layout
+def test_a_request_in_flight_is_made_available_again(tmp_path: Path, layout: int) -> None:
+    """With an in-flight region the ring is broken by it: a request is recorded once."""
+    make_file(tmp_path / "disk.img")
+    with (
+        InflightFile(layout, size=64) as region,
+        blk_guest(tmp_path / "disk.img", layout, inflight=region.map()) as guest,
+    ):
+        guest.add([header(IN, 1)], [512, 1])
+        if layout == PACKED:
+            guest.add([header(IN, 2)], [512, 1])
+            guest.driver.desc["id"][3:6] = guest.driver.desc["id"][0]
+        else:
+            guest.driver.avail[3] = guest.driver.avail[2]
+            guest.driver.avail[1] = 2
+        guest.queue.set_enabled(False)
+        guest.go()
+        if layout != PACKED:
+            guest.driver.avail[1] = 2
+        guest.queue.set_enabled(True)
+        assert guest.broken() == "buffer made available again before it was used"
+        guest.queue.stop()
+        found = region.found(guest.driver)
+        assert found is not None and not found.requests
