@@ -32,8 +32,10 @@ FEATURES: Final = "any feature that is not offered"
 PROTOCOL_FEATURES: Final = "any protocol feature that is not offered"
 GROUPS: Final = (FEATURES, PROTOCOL_FEATURES)
 
-OFFERED: Final = net.FEATURES | blk.FEATURES
-OFFERED_PROTOCOL: Final = net.PROTOCOL_FEATURES | blk.PROTOCOL_FEATURES | POSTCOPY  # that by an option
+OFFERED: Final = net.FEATURES | net.CONTROL_FEATURES | blk.FEATURES
+OFFERED_PROTOCOL: Final = (
+    net.PROTOCOL_FEATURES | net.CONTROL_PROTOCOL_FEATURES | blk.PROTOCOL_FEATURES | POSTCOPY  # that by an option
+)
 BITS: Final = 64
 NET: Final = ("VIRTIO_NET_F_",)
 BLK: Final = ("VIRTIO_BLK_F_",)

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Install what the interop tests and the comparison with DPDK run against: QEMU, DPDK, a guest kernel, busybox.
+# Install what the interop tests and the comparison with DPDK run against: QEMU, DPDK, a guest kernel, user-mode Linux,
+# busybox.
 #
 #     sudo scripts/setup-peers.sh
 #
@@ -10,6 +11,7 @@ set -eu
 HUGEPAGES=1024 # of 2 MiB: testpmd takes 512 MiB at each end in the comparison, and guests run beside
 MINIMUM_QEMU=8 # 7.2 crashes without KVM as soon as a guest uses MSI-X on a vhost-user device
 KERNEL_FOLDER=/var/cache/vq-peers/kernel
+UML_FOLDER=/var/cache/vq-peers/uml
 KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 PAGES_FILE=/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages
 
@@ -38,6 +40,10 @@ has_kernel() {
         done
     done
     return 1
+}
+
+has_uml() {
+    [ -x "$UML_FOLDER/usr/bin/linux.uml" ] && [ -n "$(ls "$UML_FOLDER"/usr/lib/uml/modules/*/modules.dep 2>/dev/null)" ]
 }
 
 has_dpdk_driver() {
@@ -82,6 +88,7 @@ missing_parts() {
     [ "$(qemu_major)" -ge "$MINIMUM_QEMU" ] || echo "QEMU $MINIMUM_QEMU or newer"
     has qemu-storage-daemon || echo "QEMU's storage daemon"
     has_kernel || echo "guest kernel"
+    has_uml || echo "user-mode Linux"
     has_pages || echo "$HUGEPAGES hugepages of 2 MiB"
     has_hugetlbfs || echo "hugetlbfs mount"
 }
@@ -112,7 +119,7 @@ if ! has_hugetlbfs; then
     mkdir -p /dev/hugepages
     mount -t hugetlbfs hugetlbfs /dev/hugepages || say "no hugetlbfs can be mounted here; DPDK is skipped"
 fi
-if [ -z "$(missing_programs; missing_drivers)" ] && has_qemu && has_kernel; then
+if [ -z "$(missing_programs; missing_drivers)" ] && has_qemu && has_kernel && has_uml; then
     exit 0
 fi
 
@@ -196,7 +203,21 @@ unpack_kernel() {
     say "guest kernel $version in $KERNEL_FOLDER"
 }
 
+# Unpacked as well: it is for the tests alone.
+unpack_uml() {
+    work=$(mktemp -d)
+    chmod 777 "$work"
+    (cd "$work" && apt-get download -q user-mode-linux && dpkg-deb -x ./*.deb root)
+    rm -rf "$UML_FOLDER"
+    mkdir -p "$(dirname "$UML_FOLDER")"
+    mv "$work/root" "$UML_FOLDER"
+    chmod -R a+rX "$UML_FOLDER"
+    rm -rf "$work"
+    say "user-mode Linux in $UML_FOLDER"
+}
+
 has_kernel || unpack_kernel
+has_uml || unpack_uml
 
 parts=$(missing_parts)
 if [ -n "$parts" ]; then

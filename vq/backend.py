@@ -111,6 +111,7 @@ class Backend(Closing):
         self._unsaid = 0
         self._said = ("", 0.0)  # the last warning logged, and when
         self.closed = False
+        device.settle = self._settle
         self._epoll = select.epoll()
         self.channel = BackendChannel(self._epoll, self.warn)
         device.channel = self.channel
@@ -119,6 +120,8 @@ class Backend(Closing):
         self._timer = Timer()
         self._reaper = Reaper()
         self._epoll.register(self._timer.fileno(), select.EPOLLIN)
+        if device.requests_fd is not None:
+            self._epoll.register(device.requests_fd, select.EPOLLIN)
         try:
             if fd is not None:
                 taken = adopt(fd)
@@ -180,6 +183,8 @@ class Backend(Closing):
             elif fd == self.channel.fileno():
                 self.channel.dispatch()
                 self.check()
+            elif fd == self.device.requests_fd:
+                self._serve_requests()
             elif not self._inband.dispatch(fd) and self._transfer.dispatch(fd) and self._connection is not None:
                 self._serve(self._connection, 0)  # an answer may have waited for this
 
@@ -324,7 +329,7 @@ class Backend(Closing):
     def _begin(self, connection: Connection) -> None:
         self._connection = connection
         self._applier = Applier(
-            self.device, self._changed, self.warn, self.channel.give, self._inband, self._wake, self._transfer
+            self.device, self._changed, self.warn, self._give_channel, self._inband, self._wake, self._transfer
         )
         self._session = Session(self.device.offer, self._applier)
         self.channel.begin(self._session)
@@ -379,6 +384,8 @@ class Backend(Closing):
                         raise FrontendError(message.name, "fds that cannot be closed", self._reaper.busy, limit)
             wanted = 0 if session.owing else select.EPOLLIN
             self._epoll.modify(connection.fileno(), wanted | (select.EPOLLOUT if connection.wants_write else 0))
+            if self.device.requests_fd is not None:
+                self.device.serve_requests()
             self.channel.flush()
             self.check()
         except ConnectionClosed as end:
@@ -398,3 +405,18 @@ class Backend(Closing):
         if reply is not None:
             self.before_reply()
             connection.send(reply, session.reply_fds)
+
+    def _serve_requests(self) -> None:
+        try:
+            self.device.serve_requests()
+        except Exception:
+            logger.exception("device=%s", self.device.name)
+            self._end("internal error")
+
+    def _settle(self) -> None:
+        self._changed()
+        self.before_reply()
+
+    def _give_channel(self, fd: int) -> None:
+        self.channel.give(fd)
+        self.device.channel_given()

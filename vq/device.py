@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vq.backend_channel import BackendChannel
 from vq.errors import FrontendError, UsageError
@@ -31,6 +31,11 @@ class Device:
         Eventfd that is readable when a queue has been broken by its driver; who hosts the device waits for it.
     channel : BackendChannel
         Requests of the device to the front-end; its back-end sets it.
+    requests_fd : int or None
+        Readable when `serve_requests` has something to do; for queues that no worker serves.
+    settle : callable
+        The device calls it after it has changed which queues take and give packets; those who send to them know it
+        when it returns.
 
     Notes
     -----
@@ -44,6 +49,8 @@ class Device:
     in_order = False
     report_fd: int | None = None
     channel: BackendChannel | None = None
+    requests_fd: int | None = None
+    settle: Callable[[], None] = staticmethod(lambda: None)
 
     def config_changed(self) -> None:
         """Tell the front-end that the configuration space has changed; the device calls it after that."""
@@ -74,6 +81,9 @@ class Device:
     def ring_stopped(self, index: int) -> None:
         """A ring has stopped: nothing of it is under way any more, and the front-end has not been told yet."""
 
+    def channel_given(self) -> None:
+        """The front-end has given a channel for our own requests (SET_BACKEND_REQ_FD)."""
+
     def reset(self) -> None:
         """Bring internal state back to its beginning (RESET_DEVICE); all rings are stopped."""
 
@@ -96,3 +106,9 @@ class Device:
     def write_config(self, offset: int, data: bytes, *, migration: bool) -> None:
         """Write to the configuration space (SET_CONFIG); raises FrontendError for read-only fields."""
         raise FrontendError("SET_CONFIG", "offset", offset, f"device {self.name} has no writable field")
+
+    def serve_requests(self) -> None:
+        """Serve some of what waits in queues that no worker serves, and ask to be woken for the rest.
+
+        Called when `requests_fd` is readable, and after messages, which may have started or enabled such a queue.
+        """

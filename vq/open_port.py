@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from vq import virtio as v
 from vq.backend import Backend
-from vq.devices.net import NetDevice
+from vq.devices.net import ControlledNetDevice, NetDevice
 from vq.errors import ResourceError, UsageError
 from vq.inherited import find_fd
 from vq.ports import PortSpec
@@ -61,7 +61,7 @@ class OpenPort:
         return getattr(self.port, "error", None)
 
     def follow(self, carrier: bool) -> None:
-        """Show the host whether a guest is at the other end: the carrier of a TAP; nothing for other kinds."""
+        """Show the host or guest whether a guest is at the other end: the carrier of a TAP, the link of a guest."""
         if self._set_carrier is not None and carrier != self._carrier:
             self._carrier = carrier
             with suppress(OSError):  # the interface was deleted: `error` says so
@@ -90,29 +90,41 @@ class OpenPort:
             result["queues"] = [
                 {"name": queue.name, **queue.snapshot()} for queue in self.backend.device.queues if queue.num
             ]
+            if isinstance(self.backend.device, ControlledNetDevice):
+                result["control"] = self.backend.device.snapshot()
         return result
 
 
 def _open_vhost(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
     if spec.flag("postcopy"):
         check_userfault()
-    device = NetDevice(
-        spec.name,
-        pairs=spec.number("queues"),
-        report_fd=report_fd,
-        mtu=spec.maybe_number("mtu"),
-        packed=spec.get("layout") == "packed",
-        slots=spec.get("slots") == "on",
-        postcopy=spec.flag("postcopy"),
-        single_queues=spec.get("queue-num") == "queues",
-    )
-    if spec.inherited:
-        backend = Backend(device, fd=find_fd(spec.inherited), changed=changed)
+    pairs, mtu, packed = spec.number("queues"), spec.maybe_number("mtu"), spec.get("layout") == "packed"
+    slots = spec.get("slots") == "on"
+    device: NetDevice
+    set_carrier = None
+    if spec.flag("control"):
+        mac = spec.get("mac")
+        device = controlled = ControlledNetDevice(
+            spec.name, pairs=pairs, report_fd=report_fd, mtu=mtu, packed=packed, slots=slots,
+            mac=bytes.fromhex(mac.replace(":", "")) if isinstance(mac, str) else None,
+            speed=spec.maybe_number("speed"),
+        )  # fmt: skip
+        set_carrier = controlled.set_link
     else:
-        backend = Backend(
-            device, path=spec.target, client=spec.flag("client"), mode=spec.maybe_number("mode"), changed=changed
-        )
-    return OpenPort(spec.name, spec.kind, device.port, backend=backend)
+        device = NetDevice(
+            spec.name, pairs=pairs, report_fd=report_fd, mtu=mtu, packed=packed, slots=slots,
+            postcopy=spec.flag("postcopy"), single_queues=spec.get("queue-num") == "queues",
+        )  # fmt: skip
+    try:
+        if spec.inherited:
+            backend = Backend(device, fd=find_fd(spec.inherited), changed=changed)
+        else:
+            client, mode = spec.flag("client"), spec.maybe_number("mode")
+            backend = Backend(device, path=spec.target, client=client, mode=mode, changed=changed)
+    except BaseException:
+        device.close()
+        raise
+    return OpenPort(spec.name, spec.kind, device.port, backend=backend, close=device.close, set_carrier=set_carrier)
 
 
 def _open_tap(spec: PortSpec, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
@@ -189,12 +201,13 @@ OPENERS: Final[dict[str, Callable[[PortSpec, int, int, Callable[[], None]], Open
 def descriptors(spec: PortSpec) -> tuple[int, int]:
     """How many descriptors a port takes to be open, and how many at most with a peer that uses all that it offers.
 
-    Of a vhost port: listener, timer and epoll; then the connection, the dirty log, its log's eventfd, four of the
-    back-end channel, the userfaultfd and its copy, and kick, call and err of each queue. Memory is mapped, and its
-    descriptors are closed again.
+    Of a vhost port: listener, timer and epoll, these two once more for a control queue; then the connection, the dirty
+    log, its log's eventfd, four of the back-end channel, the userfaultfd and its copy, and kick, call and err of each
+    queue. Memory is mapped, and its descriptors are closed again.
     """
     if spec.kind == "vhost":
-        return 3, 10 + 2 * spec.flag("postcopy") + 3 * 2 * spec.number("queues")
+        control, postcopy = int(spec.flag("control")), int(spec.flag("postcopy"))
+        return 3 + 2 * control, 10 + 2 * (control + postcopy) + 3 * (2 * spec.number("queues") + control)
     queues = spec.number("queues") if spec.kind == "tap" else 1
     return 1 + queues, 1 + queues
 

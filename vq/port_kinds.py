@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +14,8 @@ __all__ = ["KINDS", "Kind", "Option", "Value"]
 
 Value = int | float | bool | str
 
+MAC: Final = re.compile("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", re.ASCII)
+MAC_EXAMPLE: Final = "52:54:00:12:34:56"
 UNLIMITED: Final = 2**31 - 1  # who reaches it wants no end, and need not be told the number
 
 
@@ -25,7 +28,7 @@ class Option:
     key
         As it is written.
     form
-        "flag" (written without a value), "integer", "octal", "real" or "choice".
+        "flag" (written without a value), "integer", "octal", "real", "choice" or "mac".
     help
         For people; starts with what it is, unit included.
     low, high
@@ -37,7 +40,7 @@ class Option:
     """
 
     key: str
-    form: Literal["flag", "integer", "octal", "real", "choice"]
+    form: Literal["flag", "integer", "octal", "real", "choice", "mac"]
     help: str
     low: float = 0
     high: float = 0
@@ -51,6 +54,8 @@ class Option:
             return self.key
         if self.form == "choice":
             return f"{self.key}={'|'.join(self.choices)}"
+        if self.form == "mac":
+            return f"{self.key}=ADDRESS"
         if self.high >= UNLIMITED:
             return f"{self.key}=N"
         return f"{self.key}={self._show(self.low)}..{self._show(self.high)}"
@@ -73,6 +78,10 @@ class Option:
             if text not in self.choices:
                 raise UsageError(f"{where}: {self.key} is {text!r}; possible: {', '.join(self.choices)}")
             return text
+        if self.form == "mac":
+            if MAC.fullmatch(text) is None or int(text[:2], 16) & 1 or text == "00:00:00:00:00:00":
+                raise UsageError(f"{where}: {self.key} is {text!r}; write an address of one station, as {MAC_EXAMPLE}")
+            return text.lower()
         what = {"integer": "a whole number", "octal": "an octal number", "real": "a number"}[self.form]
         limits = f"write {what} from {self._show(self.low)} to {self._show(self.high)}"
         try:
@@ -162,6 +171,14 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
                     Option(
                         "mtu", "integer", "bytes of the longest packet to the guest, without Ethernet header", 68, 65535
                     ),
+                    Option(
+                        "control",
+                        "flag",
+                        "offer a control queue and a configuration space, for front-ends that know nothing of network "
+                        "devices and pass these on (crosvm, user-mode Linux); QEMU and cloud-hypervisor keep them",
+                    ),
+                    Option("mac", "mac", "with control: the guest's address; without it one that is made of the name"),
+                    Option("speed", "integer", "with control: Mb/s of the link, for people", 1, 2**31 - 1),
                 ),
             ),
             Kind(

@@ -223,6 +223,13 @@ def parse_port(text: str) -> PortSpec:
         for key in ("client", "mode"):
             if key in options:
                 raise UsageError(f"{where}: {key} is for a PATH; an inherited socket is what it is, so leave it out")
+    if kind.name == "vhost" and "control" not in options:
+        for key in ("mac", "speed"):
+            if key in options:
+                raise UsageError(f"{where}: {key} stands in the configuration space; add control, or leave it out")
+    if "control" in options and "postcopy" in options:
+        # The control queue is served by the thread that would have to wait for its memory.
+        raise UsageError(f"{where}: a port with control cannot be the destination of postcopy; leave one out")
     if kind.name == "pcap":
         for key, with_write in PCAP_DIRECTION.items():
             if key in options and with_write != ("write" in options):

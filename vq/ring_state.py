@@ -145,8 +145,9 @@ def check_alignment(request: str, addr: VringAddr, packed: bool | None) -> None:
 def prepare_signal_fd(request: str, fd: int, *, write: bool) -> None:
     """Check that an fd can serve as kick (read) or call and err (write) fd, and see that it never holds us up.
 
-    eventfds and pipes pass, sockets as kick fds only. Whatever lies in a file system is refused without a look at it:
-    its server may be the front-end. The wrong end of a pipe would never signal anything.
+    eventfds, pipes and sockets pass; of what kind a socket to write to must be is the data plane's affair. Whatever
+    lies in a file system is refused without a look at it: its server may be the front-end. The wrong end of a pipe
+    would never signal anything.
 
     Raises
     ------
@@ -156,8 +157,9 @@ def prepare_signal_fd(request: str, fd: int, *, write: bool) -> None:
     what = "call or err fd" if write else "kick fd"
     kind = os.readlink(f"/proc/self/fd/{fd}")
     pipe = kind.startswith("pipe:[")
-    if kind != "anon_inode:[eventfd]" and not pipe and (write or not kind.startswith("socket:[")):
-        raise FrontendError(request, what, f"no eventfd ({kind.partition(':')[0]})", "send an eventfd or a pipe")
+    if kind != "anon_inode:[eventfd]" and not pipe and not kind.startswith("socket:["):
+        limit = "send an eventfd, a pipe or a socket"
+        raise FrontendError(request, what, f"no eventfd ({kind.partition(':')[0]})", limit)
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if flags & os.O_ACCMODE == (os.O_RDONLY if write else os.O_WRONLY):
         raise FrontendError(request, what, "open the wrong way", f"it must be {'writable' if write else 'readable'}")

@@ -18,7 +18,8 @@ cdef enum:
     DROP_NOT_CONNECTED = 8       # the target has no front-end, or its ring is not started
     DROP_IO_ERROR = 9            # the kernel refused the packet (TAP, file)
     DROP_NO_TARGET = 10          # a switch found no other port for it
-    DROP_CAUSES = 11
+    DROP_FILTERED = 11           # the driver does not want it: address or VLAN
+    DROP_CAUSES = 12
 
 cdef enum:
     BURST_BINS = 6               # 1, 2 to 3, 4 to 7, 8 to 15, 16 to 31, 32 packets

@@ -24,8 +24,12 @@ cdef inline bint notify_crossed(uint16_t event, uint16_t now, uint16_t old) noex
     """Whether the step from `old` to `now` passed `event` (all modulo 2^16)."""
     return <uint16_t>(now - event - 1) < <uint16_t>(now - old)
 
-# Add one to an eventfd, or write to a pipe whose open file is ours; fd < 0: the peer polls, nothing to do.
+# Add one to an eventfd, or write to a Unix stream socket or to a pipe whose open file is ours; fd < 0: the peer polls,
+# nothing to do.
 cdef void notify_signal(int fd) noexcept nogil
+
+# Whether a descriptor of a peer, if it is a socket, is one of those.
+cdef bint notify_usable(int fd) noexcept nogil
 
 cdef inline bint notify_peer(peer_t* peer, int fd) noexcept nogil:
     """As `notify_signal`, to a peer that may want to hold us; not if it is muted. Whether it was muted by this."""

@@ -5,8 +5,11 @@ end to. The kernel counts the end into the eventfd at once, and never waits: a f
 two microseconds more than a write, which a queue pays only when its driver asked to be called.
 
 Where the kernel or a sandbox has no asynchronous I/O a plain write is left, on a descriptor that was made O_NONBLOCK.
+
+Linux's virtio_uml waits for its calls with SIGIO, which eventfds do not have, and gives us one end of a pair of Unix
+stream sockets. There each message says for itself that it does not wait.
 """
-from libc.errno cimport EAGAIN, EINVAL, errno
+from libc.errno cimport EAGAIN, EINVAL, ENOTSOCK, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from vq_core.arch cimport (vq_exchange_u32, vq_load_acquire_u32, vq_load_u32, vq_load_u64, vq_pause,
@@ -18,6 +21,11 @@ import os
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_write "write"(int fd, const void* data, size_t bytes) noexcept
     long c_syscall "syscall"(long number, ...) noexcept
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t c_send "send"(int fd, const void* data, size_t bytes, int flags) noexcept
+    int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, uint32_t* bytes) noexcept
+    int AF_UNIX, SOCK_STREAM, SOL_SOCKET, SO_DOMAIN, SO_TYPE, MSG_DONTWAIT, MSG_NOSIGNAL
 
 cdef extern from "<sys/syscall.h>" nogil:
     long SYS_io_setup, SYS_io_submit
@@ -89,8 +97,18 @@ cdef void notify_signal(int fd) noexcept nogil:
             vq_pause()
         if errno != EINVAL:
             return                   # a closed descriptor
-    # Not an eventfd: a pipe, which the control plane has opened anew for us alone, without waiting.
-    c_write(fd, &one, 8)
+    # Not an eventfd: a socket, or a pipe, which the control plane has opened anew for us alone, without waiting.
+    if c_send(fd, &one, 8, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 and errno == ENOTSOCK:
+        c_write(fd, &one, 8)
+
+
+cdef bint notify_usable(int fd) noexcept nogil:
+    cdef int domain = 0, kind = 0
+    cdef uint32_t size = sizeof(int)
+    if fd < 0 or c_getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) < 0:
+        return True                  # no socket
+    size = sizeof(int)
+    return domain == AF_UNIX and c_getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0 and kind == SOCK_STREAM
 
 
 cdef bint notify_measured(peer_t* peer, int fd) noexcept nogil:

@@ -70,6 +70,7 @@ cdef struct queue_t:
     uint32_t broken              # one of BROKEN_*
     uint32_t broken_at           # the head (or available index) in question
     uint32_t reported            # broken was told to the control thread
+    uint32_t lives               # how often the ring was started
     uint64_t calls               # notifications sent
     uint64_t calls_suppressed    # and those that the driver did not want
     hold_t hold                  # whether the driver is being left alone
@@ -181,9 +182,12 @@ cdef class Peer:
 cdef class Queue:
     cdef queue_t queue
     cdef Peer _peer              # what `queue.peer` points to
-    cdef readonly int index
+    cdef public int index
     cdef readonly str name
     cdef Mailbox mailbox         # of the owning worker; None: nobody
+    cdef bint _enabled           # by the front-end
+    cdef bint _spare             # and yet not in use
+    cdef bint _fresh             # started at its very beginning, as a new driver has it
     cdef MemoryMap _memory       # held while started, so that `queue.memory` lives
     cdef DirtyLog _log
     cdef InflightQueue _inflight  # what `queue.inflight` points to, while started
@@ -193,6 +197,7 @@ cdef class Queue:
     cdef tuple _addresses        # (desc, avail, used), user addresses, while started
 
     cdef int _change(self, queue_change_t* change) except -1
+    cdef int _set_in_use(self) except -1
     cdef int _begin_split(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1
     cdef int _begin_packed(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1
     cdef InflightQueue _place_inflight(self, queue_change_t* change, InflightRegion region)

@@ -12,7 +12,7 @@ from vq_core.hold cimport hold_end
 from vq_core.inflight cimport InflightQueue, InflightRegion
 from vq_core.inflight_restart cimport inflight_resume
 from vq_core.memory cimport MemoryMap, memory_user_translate
-from vq_core.notify cimport notify_peer, notify_signal, peer_t
+from vq_core.notify cimport notify_peer, notify_signal, notify_usable, peer_t
 from vq_core.packed cimport PACKED_WRAP_BITS, packed_has_more, packed_t
 from vq_core.port cimport BURST_MAX
 from vq_core.split cimport split_t
@@ -37,7 +37,7 @@ BROKEN_CAUSES = (
     ("descriptor chain without a buffer in the direction of the queue", "VIRTIO 1.3, 5.1.6"),
     ("buffer id outside queue_size", "VIRTIO 1.3, 2.8"),
     ("call descriptor takes too long to signal: too many wait for it", "vhost-user, SET_VRING_CALL"),
-    ("request without a whole header or without a byte for its status", "VIRTIO 1.3, 5.2.6"),
+    ("request without a whole header or without a byte for its status", "VIRTIO 1.3, 5.2.6 and 5.1.6.5"),
     ("buffer made available again before it was used", "VIRTIO 1.3, 2.7.13.1 and 2.8.21.1"),
 )
 
@@ -121,6 +121,7 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
         queue.inflight = wanted.inflight
         queue.broken = BROKEN_NOT
         queue.reported = 0
+        queue.lives += 1
         hold_end(&queue.hold)
         queue.started = True
     if what & CHANGE_MEMORY:
@@ -223,6 +224,13 @@ cdef void _set_place(packed_t* ring, uint16_t slot, bint wrap) noexcept nogil:
 
 cdef int _fd(object fd) except -2:
     return -1 if fd is None else fd
+
+
+cdef int _signal_fd(object fd) except -2:
+    """A descriptor that is to be signalled; ValueError if that is no way to signal anybody."""
+    if not notify_usable(_fd(fd)):
+        raise ValueError("a call or err descriptor is a socket, and not a Unix stream socket")
+    return _fd(fd)
 
 
 cdef class Queue:
@@ -375,13 +383,19 @@ cdef class Queue:
         self._begin = 0 if change.wanted.ring.is_packed else change.wanted.ring.split.last_avail_idx
         change.wanted.features = features
         change.wanted.indirect_limit = max(num, 1024)
-        change.wanted.enabled = enabled
+        change.wanted.enabled = enabled and not self._spare
         self._fill_log(<uintptr_t>&change, log, log_guest_addr)
         tracking = self._place_inflight(&change, inflight)
         change.wanted.kick_fd = _fd(kick_fd)
-        change.wanted.call_fd = _fd(call_fd)
-        change.wanted.err_fd = _fd(err_fd)
+        change.wanted.call_fd = _signal_fd(call_fd)
+        change.wanted.err_fd = _signal_fd(err_fd)
+        if change.wanted.ring.is_packed:
+            self._fresh = (change.wanted.ring.packed.avail_slot == 0
+                           and change.wanted.ring.packed.avail_flags == VIRTQ_PACKED_DESC_F_AVAIL)
+        else:
+            self._fresh = self._begin == 0
         self._change(&change)
+        self._enabled = enabled
         self._memory = memory
         self._log = log
         self._inflight = tracking
@@ -468,11 +482,21 @@ cdef class Queue:
 
     def set_enabled(self, bint enabled):
         """Enable or disable the ring; remembered while it is stopped."""
+        self._enabled = enabled
+        self._set_in_use()
+
+    def set_spare(self, bint spare):
+        """Treat the ring as disabled whatever the front-end says of it; remembered while it is stopped."""
+        self._spare = spare
+        self._set_in_use()
+
+    cdef int _set_in_use(self) except -1:
         cdef queue_change_t change
         memset(&change, 0, sizeof(change))
         change.what = CHANGE_ENABLED
-        change.wanted.enabled = enabled
+        change.wanted.enabled = self._enabled and not self._spare
         self._change(&change)
+        return 0
 
     def set_kick(self, fd):
         """Replace the kick descriptor (None: the driver does not kick)."""
@@ -487,14 +511,14 @@ cdef class Queue:
         cdef queue_change_t change
         memset(&change, 0, sizeof(change))
         change.what = CHANGE_CALL
-        change.wanted.call_fd = _fd(fd)
+        change.wanted.call_fd = _signal_fd(fd)
         self._change(&change)
         if self.queue.started:
             notify_peer(&self._peer.peer, change.wanted.call_fd)
 
     def signal(self, fd):
         """Signal a descriptor of the front-end once, unless that is muted."""
-        notify_peer(&self._peer.peer, _fd(fd))
+        notify_peer(&self._peer.peer, _signal_fd(fd))
 
     def unmute(self):
         """There is another front-end now, for this queue and those that share its peer."""
@@ -510,7 +534,7 @@ cdef class Queue:
         cdef queue_change_t change
         memset(&change, 0, sizeof(change))
         change.what = CHANGE_ERR
-        change.wanted.err_fd = _fd(fd)
+        change.wanted.err_fd = _signal_fd(fd)
         self._change(&change)
 
     def set_memory(self, MemoryMap memory not None):
@@ -559,8 +583,8 @@ cdef class Queue:
 
     @property
     def enabled(self):
-        """bool"""
-        return bool(self.queue.enabled)
+        """bool: by the front-end."""
+        return bool(self._enabled)
 
     @property
     def live(self):

@@ -162,6 +162,8 @@ def test_no_port_at_all() -> None:
 def _values(option: Option) -> st.SearchStrategy[str | None]:
     if option.form == "flag":
         return st.just(None)
+    if option.form == "mac":
+        return st.sampled_from(["52:54:00:12:34:56", "02:00:00:00:00:FF"])
     if option.form == "choice":
         return st.sampled_from(option.choices)
     if option.form == "real":
@@ -176,6 +178,9 @@ def port_texts(draw: st.DrawFn) -> str:
     options = draw(st.permutations(kind.options))[: draw(st.integers(0, len(kind.options)))]
     words = [option.key if (value := draw(_values(option))) is None else f"{option.key}={value}" for option in options]
     keys = {word.partition("=")[0] for word in words}
+    if kind.name == "vhost":
+        without = {"postcopy"} if "control" in keys else {"mac", "speed"}
+        words = [word for word in words if word.partition("=")[0] not in without]
     if kind.name == "pcap":
         words = [
             word for word in words if (word.partition("=")[0] == "snaplen") == ("write" in keys) or word == "write"

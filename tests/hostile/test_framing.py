@@ -404,7 +404,7 @@ FD_KINDS: dict[str, Callable[[], int]] = {
     "full blocking eventfd": full_eventfd,
 }
 NO_SIGNAL = {"path", "directory", "file", "memory", "null", "zero", "epoll"}
-ONLY_KICK = {"pipe, reading end", "closed pipe, reading end", "socket", "closed socket"}
+ONLY_KICK = {"pipe, reading end", "closed pipe, reading end"}
 ONLY_SIGNAL = {"pipe, writing end", "closed pipe, writing end"}
 
 

@@ -9,11 +9,13 @@ import re
 import shutil
 import stat
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 INIT = Path(__file__).with_name("guest_init.sh")
 MODULES = ("virtio_pci", "virtio_net", "virtio_console", "virtio_blk", "virtio_mem")
+UML_MODULES = ("virtio_net", "8021q", "ipv6")  # its transport is built in
 TOOLS = ("ping", "ethtool", "iperf3")
 
 
@@ -64,13 +66,13 @@ def _module_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _add_modules(archive: Archive, modules: Path) -> None:
+def _add_modules(archive: Archive, modules: Path, names: Sequence[str]) -> None:
     """Add the drivers with all they depend on, and a modules.dep of just these."""
     depends = dict(line.split(":", 1) for line in (modules / "modules.dep").read_text().splitlines())
     by_name = {re.sub(r"\.ko.*", "", Path(path).name).replace("-", "_"): path for path in depends}
     builtin = {Path(line).stem.replace("-", "_") for line in (modules / "modules.builtin").read_text().split()}
     wanted: dict[str, list[str]] = {}
-    for name in MODULES:
+    for name in names:
         if name in builtin:
             continue
         if name not in by_name:
@@ -101,13 +103,15 @@ def _add_program(archive: Archive, program: str) -> None:
 
 
 @cache
-def build(modules: Path) -> Path:
+def build(modules: Path, names: Sequence[str] = MODULES) -> Path:
     """Build the image for the kernel of ``modules``, or find it already built.
 
     Parameters
     ----------
     modules : Path
         The kernel's folder ``lib/modules/VERSION``.
+    names : sequence of str
+        Modules that are taken along, with all they depend on; hashable.
     """
     busybox = shutil.which("busybox")
     if busybox is None:
@@ -117,7 +121,7 @@ def build(modules: Path) -> Path:
         archive.add(folder, stat.S_IFDIR | 0o755)
     archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     archive.file("init", INIT.read_bytes())
-    _add_modules(archive, modules)
+    _add_modules(archive, modules, names)
     for tool in TOOLS:
         _add_program(archive, tool)
     _add_program_static(archive, busybox)

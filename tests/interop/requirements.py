@@ -17,6 +17,7 @@ os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/
 
 REMEDY = "sudo make peers"
 KERNEL_FOLDERS = (Path("/var/cache/vq-peers/kernel"), Path("/"))
+UML_FOLDER = Path("/var/cache/vq-peers/uml")
 MINIMUM_QEMU = (8, 0)  # 7.2 crashes without KVM as soon as a guest uses MSI-X on a vhost-user device
 HUGEPAGES = 512  # of 2 MiB: one testpmd takes 256, and two run at once when DPDK is both ends
 
@@ -43,6 +44,21 @@ def find_kernel() -> tuple[Path, Path] | None:
                 if (modules / "modules.dep").exists() and os.access(image, os.R_OK):
                     return image, modules
     return None
+
+
+@cache
+def find_uml() -> tuple[Path, Path] | None:
+    """Find a user-mode Linux, and the folder of its modules; ``VQ_TEST_UML`` may name another root folder."""
+    root = Path(os.environ.get("VQ_TEST_UML", UML_FOLDER))
+    program = root / "usr/bin/linux.uml"
+    for modules in sorted(root.glob("usr/lib/uml/modules/*"), reverse=True):
+        if (modules / "modules.dep").exists() and os.access(program, os.X_OK):
+            return program, modules
+    return None
+
+
+def _uml() -> str | None:
+    return None if find_uml() else "user-mode Linux"
 
 
 def _root() -> str | None:
@@ -97,6 +113,7 @@ def _hugepages() -> str | None:
 CHECKS: dict[str, tuple[Callable[[], str | None], ...]] = {
     "root": (_root,),
     "guest": (_qemu, _kernel, *(_program(name) for name in ("busybox", "ping", "ethtool", "iperf3", "ldd", "setpriv"))),
+    "uml": (_uml, *(_program(name) for name in ("busybox", "ping", "ethtool", "iperf3", "ldd", "setpriv"))),
     "tap": (_namespaces, _tun, _program("busybox")),
     "storage-daemon": (_program("qemu-storage-daemon"),),
     "dpdk": (_root, _program("dpdk-testpmd"), _hugepages, _program("setpriv")),

@@ -15,6 +15,7 @@ from interop.guest import DiskGuest, Guest
 from interop.host import Host
 from interop.process import Child, wait_until
 from interop.testpmd import Testpmd
+from interop.uml import UmlGuest
 
 FACTS: list[tuple[str, str]] = []  # what tests measured, for the end of the run
 
@@ -61,6 +62,14 @@ class Rig:
         guest = Guest(sock, self.scratch, **more)
         self._ends.append(guest.close)
         return guest.wait_booted() if boot else guest
+
+    def uml_guest(self, sock: Path) -> UmlGuest:
+        """Start a user-mode Linux on a socket, and wait until it has booted."""
+        requirements.need("uml")
+        guest = UmlGuest(sock, self.scratch)
+        self._ends.append(guest.kill)
+        guest.wait_booted()
+        return guest
 
     def disk_guest(self, sock: Path, *, boot: bool = True, **more: Any) -> DiskGuest:
         """Start a guest with a disk, and wait until it has booted."""

@@ -156,7 +156,7 @@ def test_reply_carries_exactly_five(flags: int) -> None:
     assert decode_header(HEADER.pack(1, 5, 8), reply=True) == (1, 5, 8)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 32, 33, 255, 2**32 - 1])
+@pytest.mark.parametrize("count", [0, 3, 32, 33, 255, 2**32 - 1])
 def test_region_count_must_agree_with_size(count: int) -> None:
     body = struct.pack("=2I", count, 0) + bytes(64)
     with pytest.raises(FrontendError, match="nregions"):

@@ -1,8 +1,15 @@
+from collections.abc import Callable
+
 from vq_core.port import Port
-from vq_core.queue import Queue
+from vq_core.queue import Peer, Queue
+from vq_core.receive_filter import ReceiveFilter
 
 class VhostPort(Port):
     queues: tuple[Queue, ...]
+    peer: Peer
+    pairs_in_use: int
     def __init__(self, name: str, pairs: int, report_fd: int | None = None) -> None: ...
     def configure(self, features: int, mtu: int | None = None) -> None: ...
+    def set_filter(self, filter: ReceiveFilter | None) -> None: ...
+    def use_pairs(self, count: int, settle: Callable[[], None] = ...) -> None: ...
     def announce(self, mac: bytes) -> None: ...

@@ -6,12 +6,18 @@ from vq_core.arch cimport vq_load_u32
 from vq_core.handover cimport Mailbox, handover_run
 from vq_core.net cimport net_accepts
 from vq_core.port cimport ARM_PULL, ARM_PUSH, Port, endpoint_t
+from vq_core.ports.vhost_filter cimport vhost_push_filtered
 from vq_core.ports.vhost_pair cimport RARP_BYTES, pair_lost, pair_t
 from vq_core.ports.vhost_pull cimport vhost_pull, vhost_release
 from vq_core.ports.vhost_push cimport vhost_push, vhost_room
 from vq_core.queue cimport (BROKEN_NOT, CHANGE_EPOLL, Peer, Queue, queue_apply, queue_change_t, queue_flush,
                             queue_request_kick, queue_t, queue_takes)
+from vq_core.receive_filter cimport ReceiveFilter, receive_filter_t
 from vq_core.ring cimport ring_has_more, ring_known
+
+cdef enum:
+    PAIRS_MAX = 128              # the fd messages carry the ring index in 8 bits
+
 
 cdef void _flush(endpoint_t* endpoint) noexcept nogil:
     cdef pair_t* pair = <pair_t*>endpoint.port
@@ -79,6 +85,20 @@ cdef void _change_pair(void* target, void* argument) noexcept nogil:
         pair.frame_limit = change.frame_limit
 
 
+cdef struct filter_change_t:
+    receive_filter_t* filter
+    int count                    # pairs of one worker
+    pair_t* pairs[PAIRS_MAX]
+
+
+cdef void _change_filter(void* target, void* argument) noexcept nogil:
+    cdef filter_change_t* change = <filter_change_t*>argument
+    cdef int i
+    for i in range(change.count):
+        change.pairs[i].filter = change.filter
+        change.pairs[i].endpoint.push = vhost_push if change.filter == NULL else vhost_push_filtered
+
+
 cdef class VhostPort(Port):
     """The queues of one vhost-user-net device, as a port of a pump.
 
@@ -94,6 +114,10 @@ cdef class VhostPort(Port):
     ----------
     queues : tuple of Queue
         Index 2i is receiveq i, 2i + 1 is transmitq i (VIRTIO 1.3, 5.1.2).
+    peer : Peer
+        What the queues share.
+    pairs_in_use : int
+        The first pairs, as many as take and give packets.
     """
 
     directions = ("to_guest", "from_guest")
@@ -101,19 +125,20 @@ cdef class VhostPort(Port):
     def __cinit__(self, name, int pairs, report_fd=None):
         cdef int i
         cdef Queue receiveq, transmitq
-        cdef Peer peer = Peer()
         cdef endpoint_t* endpoint
-        if not 1 <= pairs <= 128:
-            raise ValueError(f"{name}: {pairs} queue pairs; 1 to 128 are possible")
+        if not 1 <= pairs <= PAIRS_MAX:
+            raise ValueError(f"{name}: {pairs} queue pairs; 1 to {PAIRS_MAX} are possible")
         self.name = name
         self.allocate(pairs)
         self.pairs = <pair_t*>calloc(pairs, sizeof(pair_t))
         if self.pairs == NULL:
             raise MemoryError("queue pairs")
+        self.peer = Peer()
+        self.pairs_in_use = pairs
         queues = []
         for i in range(pairs):
-            receiveq = Queue(2 * i, f"receiveq{i}", report_fd, peer=peer)
-            transmitq = Queue(2 * i + 1, f"transmitq{i}", report_fd, batches=True, peer=peer)
+            receiveq = Queue(2 * i, f"receiveq{i}", report_fd, peer=self.peer)
+            transmitq = Queue(2 * i + 1, f"transmitq{i}", report_fd, batches=True, peer=self.peer)
             queues += [receiveq, transmitq]
             endpoint = self.endpoints[i]
             self.pairs[i].endpoint = endpoint
@@ -166,6 +191,45 @@ cdef class VhostPort(Port):
         for i in range(self.endpoint_count):
             handover_run(self.mailboxes[i], _change_pair, &self.pairs[i], &change)
 
+    def set_filter(self, ReceiveFilter filter):
+        """Let only those packets through to the guest that `filter` wants; None: all."""
+        cdef int i
+        cdef filter_change_t change
+        change.filter = NULL if filter is None else &filter.filter
+        for mailbox in set(self.mailboxes):
+            change.count = 0
+            for i in range(self.endpoint_count):
+                if self.mailboxes[i] is mailbox:
+                    change.pairs[change.count] = &self.pairs[i]
+                    change.count += 1
+            handover_run(mailbox, _change_filter, NULL, &change)
+        self._filter = filter                # now nobody uses the one before
+
+    def use_pairs(self, int count, settle=lambda: None):
+        """Have only the first `count` pairs take and give packets (VIRTIO 1.3, 5.1.6.5.5).
+
+        The rings of the others go on as disabled ones do: what their driver sends is dropped.
+
+        Parameters
+        ----------
+        count : int
+            1 to all of them.
+        settle : callable
+            Called when the flows are to be made anew: before pairs go out of use, and after others came into it, so
+            that nothing is sent where nobody takes it.
+        """
+        cdef int i, before = self.pairs_in_use
+        if not 1 <= count <= self.endpoint_count:
+            raise ValueError(f"{self.name}: {count} queue pairs; 1 to {self.endpoint_count} can be in use")
+        if count < before:
+            self.pairs_in_use = count
+            settle()
+        for i in range(2 * min(count, before), 2 * max(count, before)):
+            (<Queue>self.queues[i]).set_spare(i >= 2 * count)
+        if count > before:
+            self.pairs_in_use = count
+            settle()
+
     def announce(self, bytes mac not None):
         """Send one broadcast RARP from `mac` (6 bytes) into the network side (vhost-user, SEND_RARP).
 
@@ -189,5 +253,5 @@ cdef class VhostPort(Port):
 
     @property
     def targets(self):
-        """list of int: pairs whose receiveq takes packets."""
-        return [i for i in range(self.endpoint_count) if queue_takes(self.pairs[i].receiveq)]
+        """list of int: pairs in use whose receiveq takes packets."""
+        return [i for i in range(self.pairs_in_use) if queue_takes(self.pairs[i].receiveq)]

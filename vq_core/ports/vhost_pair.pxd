@@ -5,6 +5,7 @@ Owner: the worker of the endpoint; the control thread changes a pair only by han
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from vq_core.port cimport endpoint_t
 from vq_core.queue cimport BROKEN_AVAIL_IDX, BROKEN_ID, BROKEN_MEMORY_LOST, queue_break, queue_lost, queue_t
+from vq_core.receive_filter cimport receive_filter_t
 
 cdef enum:
     RARP_BYTES = 60
@@ -26,6 +27,7 @@ cdef struct pair_t:
     uint32_t frame_limit             # longest frame towards the guest (NET_SET_MTU); segmentation is exempt
     uint32_t rarp_pending            # a frame waits to be pulled as if the guest had sent it
     uint8_t rarp[RARP_BYTES]
+    receive_filter_t* filter         # set exactly while the endpoint's push is vhost_push_filtered
 
 cdef inline bint pair_lost(queue_t* queue) noexcept nogil:
     """Whether the owner truncated guest memory or dirty log under us; looked at once a burst."""
