@@ -25,7 +25,8 @@ from vq_core.queue import Queue
 FEATURES = v.mask(
     v.VIRTIO_F_VERSION_1, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_F_RING_PACKED, v.VHOST_USER_F_PROTOCOL_FEATURES,
 )  # fmt: skip
-ALL = SERVED_PROTOCOL_FEATURES & ~v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
+# Postcopy excludes memory slots; and its front-end says user addresses, as all do that we know.
+ALL = SERVED_PROTOCOL_FEATURES & ~v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT, v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES)
 SHMEM = {0: 16 * mmap.PAGESIZE, 7: 1 << 40}
 
 

@@ -6,9 +6,8 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from vq import effects as e
 from vq import virtio as v
@@ -17,6 +16,7 @@ from vq.errors import FrontendError, UsageError
 from vq.inband import Inband
 from vq.postcopy import PostcopyMemory
 from vq.state_transfer import StateTransfer
+from vq.translation import Translation
 from vq_core.dirty import DirtyLog
 from vq_core.inflight import InflightRegion, inflight_bytes
 from vq_core.memory import MemoryMap
@@ -24,6 +24,8 @@ from vq_core.memory import MemoryMap
 __all__ = ["Applier"]
 
 logger = logging.getLogger(__name__)
+
+LAST: Final = (1 << 64) - 1  # address
 
 
 class Applier:
@@ -45,6 +47,8 @@ class Applier:
         Called by another thread when `hopeless` has become true.
     transfer
         Moves the device's state; None: it cannot be saved or loaded.
+    translation_changed
+        Called with the translations of an IOMMU when there is one, and with None before they are closed.
 
     Notes
     -----
@@ -61,6 +65,7 @@ class Applier:
         inband: Inband | None = None,
         wake: Callable[[], None] = lambda: None,
         transfer: StateTransfer | None = None,
+        translation_changed: Callable[[Translation | None], None] = lambda translation: None,
     ) -> None:
         self.device = device
         self.changed = changed
@@ -68,13 +73,15 @@ class Applier:
         self.channel_given = channel_given
         self.inband = inband
         self.transfer = transfer
+        self.translation_changed = translation_changed
         self.features = 0
         self.memory: MemoryMap | None = None
         self.postcopy = PostcopyMemory(device.queues, wake)
         self.log: DirtyLog | None = None
         self.inflight: InflightRegion | None = None
         self.rings: dict[int, e.RingConfig] = {}
-        self.waiting: dict[int, int] = {}  # base of each ring that stopped because its memory was taken away
+        self.waiting: dict[int, int] = {}  # base of each ring whose memory is not there
+        self.translation: Translation | None = None  # with ACCESS_PLATFORM
 
     def __call__(self, effect: e.Effect) -> Any:
         try:
@@ -82,6 +89,10 @@ class Applier:
         except ValueError as error:
             # What vq_core refuses is what the front-end sent; the session adds which message it was.
             raise FrontendError(type(effect).__name__, "value", error, "see the message") from error
+
+    def close(self) -> None:
+        """Release what only this connection needed; the session has been closed before."""
+        self._end_translation()
 
     @property
     def lost(self) -> bool:
@@ -135,6 +146,11 @@ class Applier:
 
     def _publish(self, memory: MemoryMap | None) -> None:
         """Move all started rings over; one that does not lie in the new memory stops until it does again."""
+        if self.translation is not None:
+            self.memory = memory
+            self.translation.set_memory(memory)
+            self._start_waiting()
+            return
         for index, ring in self.rings.items():
             queue = self.device.queues[index]
             if not queue.started:
@@ -152,10 +168,19 @@ class Applier:
                 queue.signal(ring.err_fd)
                 self.changed()
         self.memory = memory
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        """Start the rings whose memory has come."""
+        if self.memory is None:
+            return
         for index in list(self.waiting):
             ring = replace(self.rings[index], base=self.waiting[index], enabled=self.device.queues[index].enabled)
-            with suppress(ValueError):  # not all of it is there yet
+            try:
                 self._start(ring)
+            except ValueError as error:  # not all of it is there yet
+                if self.translation is not None:
+                    self.warn(f"{error}; ring {index} cannot be started")
 
     # -- rings --
 
@@ -172,12 +197,18 @@ class Applier:
     def _start(self, ring: e.RingConfig) -> None:
         if self.memory is None:
             raise ValueError("no memory table has been set")
+        if self.translation is not None and self.translation.lacks(ring):
+            self.device.queues[ring.index].set_enabled(ring.enabled)
+            self.rings[ring.index] = ring
+            self.waiting[ring.index] = ring.base
+            return
         self.device.ring_starting(ring.index)
         self.device.queues[ring.index].start(
             self.memory, ring.num, ring.desc, ring.avail, ring.used, ring.base, self.features,
             kick_fd=ring.kick_fd, call_fd=ring.call_fd, err_fd=ring.err_fd, enabled=ring.enabled,
             log=self._active_log(), log_guest_addr=self._log_guest_addr(ring), in_order=self.device.in_order,
             inflight=self.inflight,
+            iotlb=None if self.translation is None else self.translation.iotlb, guest_addresses=ring.guest_addresses,
         )  # fmt: skip
         self.rings[ring.index] = ring
         self.waiting.pop(ring.index, None)
@@ -188,8 +219,10 @@ class Applier:
         if self.inband is not None:
             self.inband.stop(effect.index)
         self.device.ring_stopped(effect.index)
+        base = self.waiting.pop(effect.index, base)
         self.rings.pop(effect.index, None)
-        self.waiting.pop(effect.index, None)
+        if self.translation is not None and not self.rings:
+            self.translation.invalidate(0, LAST)
         self.changed()
         return base
 
@@ -226,6 +259,10 @@ class Applier:
     # -- features and log --
 
     def _set_features(self, effect: e.SetFeatures) -> None:
+        if v.has(effect.features, v.VIRTIO_F_ACCESS_PLATFORM):
+            self._begin_translation(effect.features)
+        else:
+            self._end_translation()
         log_changed = (self.features ^ effect.features) >> v.VHOST_F_LOG_ALL & 1
         self.features = effect.features
         self.device.set_features(effect.features)
@@ -236,8 +273,8 @@ class Applier:
         ring = self.rings.get(effect.index)
         if ring is not None:
             ring = replace(ring, flags=effect.flags, log_guest_addr=effect.log_guest_addr)
-            self.device.queues[effect.index].set_log(self._active_log(), self._log_guest_addr(ring))
             self.rings[effect.index] = ring
+            self._relog_ring(ring)
 
     def _set_log(self, effect: e.SetLog) -> None:
         self._replace_log(DirtyLog(effect.fd, effect.size, effect.offset))
@@ -252,14 +289,21 @@ class Applier:
             self.warn(f"{old.outside} writes lay beyond the dirty log and are not marked; it must cover all memory")
 
     def _relog(self) -> None:
-        for index, ring in self.rings.items():
-            self.device.queues[index].set_log(self._active_log(), self._log_guest_addr(ring))
+        for ring in self.rings.values():
+            self._relog_ring(ring)
+
+    def _relog_ring(self, ring: e.RingConfig) -> None:
+        queue = self.device.queues[ring.index]
+        if self.translation is not None and self.translation.lacks(ring):
+            queue.unmap()  # nothing is written until it can be logged
+            queue.set_log(self._active_log())
+            return
+        queue.set_log(self._active_log(), self._log_guest_addr(ring))
 
     def _active_log(self) -> DirtyLog | None:
         return self.log if v.has(self.features, v.VHOST_F_LOG_ALL) else None
 
-    @staticmethod
-    def _log_guest_addr(ring: e.RingConfig) -> int | None:
+    def _log_guest_addr(self, ring: e.RingConfig) -> int | None:
         """Where the used ring is logged, None if it is not; beyond the log nothing is marked, but it must not wrap."""
         if not ring.flags & v.VHOST_VRING_F_LOG:
             return None
@@ -267,7 +311,37 @@ class Applier:
         if ring.log_guest_addr + size > 1 << 64:
             where = f"ring {ring.index}: log_guest_addr {ring.log_guest_addr:#x}"
             raise ValueError(f"{where} + {size} bytes of used ring passes 2^64")
-        return ring.log_guest_addr
+        return ring.log_guest_addr if self.translation is None else self.translation.log_guest_addr(ring)
+
+    # -- an IOMMU --
+
+    def _begin_translation(self, features: int) -> None:
+        if self.translation is None:
+            self.translation = Translation(self.device.queues, self.rings, self._relog_ring, self.warn)
+            self.translation.set_memory(self.memory)
+            self.translation_changed(self.translation)
+        self.translation.set_features(features)
+
+    def _end_translation(self) -> None:
+        if self.translation is not None:
+            self.translation_changed(None)
+            self.translation.close()
+            self.translation = None
+
+    def ask_again(self) -> None:
+        """Forget questions that nobody answers; who still waits for a translation asks anew."""
+        if self.translation is not None:
+            self.translation.expire()
+            self._start_waiting()
+
+    def _update_translation(self, effect: e.UpdateTranslation) -> None:
+        assert self.translation is not None
+        self.translation.update(effect)
+        self._start_waiting()
+
+    def _invalidate_translation(self, effect: e.InvalidateTranslation) -> None:
+        assert self.translation is not None
+        self.translation.invalidate(effect.iova, effect.last)
 
     # -- in-flight region --
 
@@ -369,6 +443,8 @@ class Applier:
         e.SendRarp: _send_rarp,
         e.SetStatus: _set_status,
         e.ResetDevice: _reset,
+        e.UpdateTranslation: _update_translation,
+        e.InvalidateTranslation: _invalidate_translation,
         e.SetBackendChannel: _set_backend_channel,
         e.ConfigRead: _read_config,
         e.ConfigWrite: _write_config,

@@ -21,10 +21,13 @@ from vq.device import Device
 from vq.endpoint import Connector, Listener, adopt, listen
 from vq.errors import ConnectionClosed, FrontendError, GuestError, PeerError, ResourceError, UsageError, VqError
 from vq.inband import Inband
+from vq.message import BackendRequest
+from vq.payload import Iotlb
 from vq.postcopy import PATIENCE_S
 from vq.reaper import Reaper
 from vq.session import Session
 from vq.state_transfer import StateTransfer
+from vq.translation import Translation
 from vq.transport import Connection
 from vq_core.timer import Timer
 
@@ -33,6 +36,7 @@ __all__ = ["Backend"]
 logger = logging.getLogger(__name__)
 
 MESSAGES_MAX: Final = 64  # served in one go, so that one front-end's flood does not delay the others
+IOTLB_MISS: Final = 1  # type of the question for a translation
 UNPOSTED_S: Final = 4.0  # Linux fills its receive ring as soon as the interface is up
 UNCLOSED_MAX: Final = 64  # descriptors of one front-end that hang in close()
 SENTENCE_S: Final = 30.0  # until a front-end may come after one that held us up
@@ -105,6 +109,7 @@ class Backend(Closing):
         self._told_unposted = False
         self._session: Session | None = None
         self._applier: Applier | None = None
+        self._translation: Translation | None = None
         self.one_connection = False
         self._warnings = float(WARNINGS_MAX)  # that may be logged now
         self._warned_at = time.monotonic()
@@ -185,6 +190,10 @@ class Backend(Closing):
                 self.check()
             elif fd == self.device.requests_fd:
                 self._serve_requests()
+            elif self._translation is not None and fd in (self._translation.fileno(), self._translation.timer.fileno()):
+                if fd == self._translation.timer.fileno() and self._applier is not None:
+                    self._applier.ask_again()
+                self._ask()
             elif not self._inband.dispatch(fd) and self._transfer.dispatch(fd) and self._connection is not None:
                 self._serve(self._connection, 0)  # an answer may have waited for this
 
@@ -329,7 +338,14 @@ class Backend(Closing):
     def _begin(self, connection: Connection) -> None:
         self._connection = connection
         self._applier = Applier(
-            self.device, self._changed, self.warn, self._give_channel, self._inband, self._wake, self._transfer
+            self.device,
+            self._changed,
+            self.warn,
+            self._give_channel,
+            self._inband,
+            self._wake,
+            self._transfer,
+            self._translate,
         )
         self._session = Session(self.device.offer, self._applier)
         self.channel.begin(self._session)
@@ -344,7 +360,7 @@ class Backend(Closing):
 
     def _end(self, reason: str) -> None:
         """Forget the connection and everything that came by it."""
-        connection, session = self._connection, self._session
+        connection, session, applier = self._connection, self._session, self._applier
         self._connection = self._session = self._applier = None
         with self._reaper.active():
             self.channel.end()
@@ -353,6 +369,8 @@ class Backend(Closing):
                 self.device.reset()
             self._inband.close()
             self._transfer.forget()
+            if applier is not None:
+                applier.close()
             if connection is not None:
                 logger.info("device=%s disconnected=%r", self.device.name, reason)
                 self._epoll.unregister(connection.fileno())
@@ -361,6 +379,32 @@ class Backend(Closing):
         if self._connector is not None and not self.closed and connection is not None:
             self._connector.lost()
             self._timer.set(self._connector.next_attempt_in())
+
+    # -- an IOMMU --
+
+    def _translate(self, translation: Translation | None) -> None:
+        """Wait for what is missing in `translation`; for nothing any more with None."""
+        if self._translation is not None:
+            for fd in (self._translation.fileno(), self._translation.timer.fileno()):
+                self._epoll.unregister(fd)
+        self._translation = translation
+        if translation is not None:
+            for fd in (translation.fileno(), translation.timer.fileno()):
+                self._epoll.register(fd, select.EPOLLIN)
+
+    def _ask(self) -> None:
+        """Ask the front-end for the translations that somebody misses."""
+        translation = self._translation
+        if translation is None:
+            return
+        if not self.channel.can_send(BackendRequest.IOTLB_MSG):
+            translation.set_aside()  # updates may come unasked, and the channel later
+            return
+        try:
+            for iova, perm in translation.take():
+                self.channel.send(BackendRequest.IOTLB_MSG, Iotlb(iova, 0, 0, perm, IOTLB_MISS))
+        except VqError as error:
+            self.warn(str(error))
 
     def _serve(self, connection: Connection, events: int) -> None:
         session = self._session
@@ -387,6 +431,7 @@ class Backend(Closing):
             if self.device.requests_fd is not None:
                 self.device.serve_requests()
             self.channel.flush()
+            self._ask()
             self.check()
         except ConnectionClosed as end:
             self._end(str(end))

@@ -28,6 +28,7 @@ __all__ = [
     "EnableRing",
     "EndPostcopy",
     "GetSharedObject",
+    "InvalidateTranslation",
     "Kick",
     "LoadState",
     "MakeInflight",
@@ -52,6 +53,7 @@ __all__ = [
     "SignalErr",
     "StartRing",
     "StopRing",
+    "UpdateTranslation",
 ]
 
 INBAND: Final = -1  # in place of a ring's fd: what it would signal is a message
@@ -164,6 +166,8 @@ class RingConfig:
         Whether the ring may have side effects; a started but disabled ring processes without.
     packed
         Layout.
+    guest_addresses
+        The three addresses are guest physical ones (GPA_ADDRESSES was negotiated); with an IOMMU they are IOVA as ever.
     """
 
     index: int
@@ -179,6 +183,7 @@ class RingConfig:
     err_fd: int | None
     enabled: bool
     packed: bool
+    guest_addresses: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +376,28 @@ class GetSharedObject:
     uuid: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class UpdateTranslation:
+    """Translate [iova, iova + size), which does not pass 2^64, to memory at `address` of the front-end (or the guest).
+
+    Raises if that does not lie in one region. `perm`: 1 read, 2 write, 3 both.
+    """
+
+    iova: int
+    size: int
+    address: int
+    perm: int
+    guest_addresses: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidateTranslation:
+    """Forget what [iova, last] translates to; nothing is reached through it any more when this returns."""
+
+    iova: int
+    last: int
+
+
 Effect = (
     SetFeatures
     | SetMemory
@@ -406,4 +433,6 @@ Effect = (
     | LoadState
     | CheckState
     | GetSharedObject
+    | UpdateTranslation
+    | InvalidateTranslation
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vq import effects as e
@@ -117,7 +118,10 @@ def start(session: Session, request: str, ring: RingState, kick_fd: int | None) 
         if not session.regions:
             limit = "the front-end has shared no memory; give the guest memory with share=on, as vq pump prints it"
             raise FrontendError(request, f"ring {ring.index}", "without memory", limit)
-        session.apply(e.StartRing(ring.config(request, session.features, kick_fd, inband=inband)))
+        config = ring.config(request, session.features, kick_fd, inband=inband)
+        if session.negotiated(v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES):
+            config = replace(config, guest_addresses=True)
+        session.apply(e.StartRing(config))
     except VqError:
         if ring.err_fd is not None:
             with suppress(VqError):

@@ -37,8 +37,14 @@ SERVED_PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_STATUS,
     v.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT,
     v.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN,
+    v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
 )
-UNSERVED_FEATURES: Final = v.mask(v.VIRTIO_F_ACCESS_PLATFORM, v.VIRTIO_F_NOTIFICATION_DATA)
+# NOTIFICATION_DATA: an eventfd carries none. ORDER_PLATFORM is for devices whose accesses the platform orders in other
+# ways than those of its processors. We are a program on these processors: the barriers that a driver needs between them
+# suffice for us, and with this bit it would pay for stronger ones.
+UNSERVED_FEATURES: Final = v.mask(v.VIRTIO_F_NOTIFICATION_DATA, v.VIRTIO_F_ORDER_PLATFORM)
+# What QEMU insists on for ACCESS_PLATFORM, and what answers and questions about translations travel by.
+IOMMU_NEEDS: Final = v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_BACKEND_REQ)
 
 
 POSTCOPY: Final = v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT)
@@ -100,6 +106,9 @@ class Offer:
             apart += v.feature_names(self.features & v.mask(v.VIRTIO_F_ACCESS_PLATFORM))
             if apart:
                 raise UsageError(f"offer: postcopy (PAGEFAULT) and {', '.join(apart)} exclude each other")
+        lacking = IOMMU_NEEDS & ~self.protocol_features
+        if v.has(self.features, v.VIRTIO_F_ACCESS_PLATFORM) and lacking:
+            raise UsageError(f"offer: ACCESS_PLATFORM needs {', '.join(v.protocol_feature_names(lacking))}")
         for name, value, low, high in (
             ("queue_count", self.queue_count, 1, QUEUES_MAX),
             ("max_mem_slots", self.max_mem_slots, 1, MEM_SLOTS_MAX),

@@ -21,6 +21,7 @@ from vq import (
     handle_device,
     handle_features,
     handle_inflight,
+    handle_iotlb,
     handle_memory,
     handle_postcopy,
     handle_rings,
@@ -335,4 +336,5 @@ TRANSITIONS: Final[dict[int, Transition]] = {
     R.SET_DEVICE_STATE_FD: Transition(handle_sharing.set_device_state_fd),
     R.CHECK_DEVICE_STATE: Transition(handle_sharing.check_device_state),
     R.GET_SHMEM_CONFIG: Transition(handle_sharing.get_shmem_config),
+    R.IOTLB_MSG: Transition(handle_iotlb.iotlb_msg),
 }

@@ -17,6 +17,8 @@ cdef extern from "vq_arch.h" nogil:
     uint32_t vq_load_acquire_u32(const void* p) noexcept
     uint32_t vq_load_u32(const void* p) noexcept
     void vq_store_release_u32(void* p, uint32_t v) noexcept
+    void* vq_load_acquire_pointer(const void* p) noexcept
+    void vq_store_release_pointer(void* p, void* v) noexcept
     uint32_t vq_exchange_u32(void* p, uint32_t v) noexcept
     uint8_t vq_load_u8(const void* p) noexcept
     void vq_store_release_u8(void* p, uint8_t v) noexcept

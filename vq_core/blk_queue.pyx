@@ -1,4 +1,5 @@
 """Requests between a ring and the pool."""
+from vq_core.ahead cimport ahead_look
 from vq_core.blk_request cimport (VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, blk_begin,
                                   blk_finish, blk_parse, blk_request_t)
 from vq_core.chain cimport chain_begin, chain_t
@@ -7,10 +8,11 @@ from vq_core.inflight cimport (inflight_again_t, inflight_give_back, inflight_is
 from vq_core.packed cimport packed_descriptor
 from vq_core.split cimport split_descriptor
 from vq_core.cursor cimport cursor_t
+from vq_core.iotlb cimport IOTLB_READ, IOTLB_WRITE
 from vq_core.pool cimport pool_submit
 from vq_core.queue cimport (BROKEN_AVAIL_IDX, BROKEN_HEAD, BROKEN_ID, BROKEN_IN_FLIGHT, BROKEN_MEMORY_LOST,
-                            queue_break, queue_comes_alive, queue_flush, queue_lost, queue_publish, queue_request_kick,
-                            queue_suppress_kicks, queue_t)
+                            queue_break, queue_comes_alive, queue_flush, queue_goes, queue_lost, queue_publish,
+                            queue_request_kick, queue_suppress_kicks, queue_t)
 from vq_core.ring cimport (ring_begin, ring_commit_take, ring_give_back, ring_has_more, ring_known, ring_look,
                            ring_next_used, ring_shadow_used, ring_t, ring_take)
 from vq_core.virtio cimport virtq_desc_t, virtq_packed_desc_t
@@ -147,6 +149,8 @@ cdef inline int _take(blk_queue_t* blk, bint packed) noexcept nogil:
         chain_begin(&chain, queue, cursor.head, &descriptor)
         request = blk.free
         if blk_parse(request, queue, &chain) < 0:
+            if queue.parked:     # one answer for all that is missing, not one after the other
+                ahead_look(queue, cursor, available, IOTLB_READ | IOTLB_WRITE)
             break
         if packed and chain.id >= ring.num:
             queue_break(queue, BROKEN_ID, chain.id)
@@ -171,7 +175,7 @@ cdef int blk_take(blk_queue_t* queue) noexcept nogil:
 cdef bint blk_arm(blk_queue_t* queue) noexcept nogil:
     cdef ring_t* ring = &queue.queue.ring
     cdef bint packed = ring.is_packed
-    if not queue.queue.live or _room(queue) <= 0:
+    if not (queue.queue.live or queue_goes(queue.queue)) or _room(queue) <= 0:
         return False             # what is under way wakes us when it is done
     if inflight_is_again(queue.queue.inflight):
         return True

@@ -69,7 +69,7 @@ cdef struct blk_request_t:
     gpa_t addrs[BLK_PARTS_MAX]   # of each part, for the dirty log
     iovec parts[BLK_PARTS_MAX]
 
-# Fill the request from a chain: 0, or -1 and the queue is broken.
+# Fill the request from a chain: 0, or -1 and the queue is broken, or parked.
 cdef int blk_parse(blk_request_t* request, queue_t* queue, chain_t* chain) noexcept nogil
 
 # Do it if that needs no waiting: True, and `result` stands. False: `job.run` must be run in another thread.

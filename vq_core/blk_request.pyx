@@ -9,9 +9,10 @@ from vq_core.chain cimport chain_next, chain_t
 from vq_core.dirty cimport dirty_mark
 from vq_core.disk cimport (DISK_ID_BYTES, SECTOR_BYTES, disk_discard, disk_flush, disk_read, disk_t, disk_write,
                            disk_write_zeroes)
-from vq_core.memory cimport memory_translate_part
+from vq_core.iotlb cimport IOTLB_READ, IOTLB_WRITE
 from vq_core.pool cimport job_t
-from vq_core.queue cimport BROKEN_ADDRESS, BROKEN_REQUEST, queue_break, queue_t
+from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_REQUEST, queue_absent, queue_break, queue_fail, queue_t,
+                            queue_translate_part)
 from vq_core.virtio cimport VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
 
 
@@ -32,7 +33,7 @@ cdef int blk_parse(blk_request_t* request, queue_t* queue, chain_t* chain) noexc
     cdef virtq_desc_t descriptor
     cdef uint8_t* host
     cdef uint64_t part, left, in_header = 0
-    cdef gpa_t addr
+    cdef gpa_t addr, guest_addr
     cdef int step
     request.count = request.readable_count = request.range_count = 0
     request.readable_bytes = request.writable_bytes = 0
@@ -48,28 +49,32 @@ cdef int blk_parse(blk_request_t* request, queue_t* queue, chain_t* chain) noexc
         if addr + left < addr:
             queue_break(queue, BROKEN_ADDRESS, chain.id)
             return -1
+        if request.too_many and queue.iotlb != NULL:
+            addr += left - 1     # where the status byte may be; nothing else of it is asked for
+            left = 1
         while left > 0:
-            host = memory_translate_part(queue.memory, &queue.hint, addr, left, &part)
+            host = queue_translate_part(queue, addr, left, IOTLB_WRITE if descriptor.flags & VIRTQ_DESC_F_WRITE
+                                        else IOTLB_READ, &part, &guest_addr)
             if host == NULL:
-                queue_break(queue, BROKEN_ADDRESS, chain.id)
+                queue_fail(queue, queue_absent(queue), chain.id)
                 return -1
             if descriptor.flags & VIRTQ_DESC_F_WRITE:
-                _add_part(request, host, addr, part)
+                _add_part(request, host, guest_addr, part)
                 request.writable_bytes += part
                 request.status = host + (part - 1)
-                request.status_addr = addr + (part - 1)
+                request.status_addr = guest_addr + (part - 1)
             elif in_header < sizeof(blk_header_t):
                 part = min(part, sizeof(blk_header_t) - in_header)
                 memcpy(<char*>&header + in_header, host, part)
                 in_header += part
             else:
-                _add_part(request, host, addr, part)
+                _add_part(request, host, guest_addr, part)
                 request.readable_bytes += part
                 request.readable_count = request.count
             addr += part
             left -= part
     if step < 0:
-        queue_break(queue, chain.broken, chain.id)
+        queue_fail(queue, chain.broken, chain.id)
         return -1
     if in_header < sizeof(blk_header_t) or request.status == NULL:
         queue_break(queue, BROKEN_REQUEST, chain.id)

@@ -259,7 +259,7 @@ cdef class BlkWorker:
         if vq_load_u32(&self.mailbox.box.running):
             raise ValueError("the worker runs; stop it first")
         for i in range(self.worker.queue_count):
-            if self.worker.queues[i].queue.started:
+            if self.queues[i].started:
                 raise ValueError("a queue of the worker is started; stop it first")
             (<Queue>self.queues[i]).mailbox = None
             self.worker.queues[i].queue.epoll_fd = -1

@@ -1,5 +1,7 @@
 """The steps of the chain cursor."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from vq_core.iotlb cimport IOTLB_READ
+from vq_core.queue cimport queue_absent, queue_translate_part
 from vq_core.ring cimport ring_counts_slots
 
 
@@ -15,7 +17,7 @@ cdef inline bint _read(chain_t* chain, queue_t* queue, virtq_desc_t* copy) noexc
     cdef uint8_t* to = <uint8_t*>copy
     cdef uint64_t part
     cdef uint64_t rest = sizeof(virtq_desc_t)
-    cdef gpa_t addr
+    cdef gpa_t addr, ignored
     if chain.table_count == 0:
         if chain.slots == 0:
             copy[0] = chain.first
@@ -29,12 +31,14 @@ cdef inline bint _read(chain_t* chain, queue_t* queue, virtq_desc_t* copy) noexc
         return True
     # table + 16 * table_count does not overflow: checked by _enter_table.
     addr = chain.table + chain.next * <uint64_t>sizeof(virtq_desc_t)
-    host = memory_translate(queue.memory, &queue.hint, addr, sizeof(virtq_desc_t))
-    if host != NULL:
+    host = queue_translate_part(queue, addr, sizeof(virtq_desc_t), IOTLB_READ, &part, &ignored)
+    if host == NULL:
+        return False
+    if part == sizeof(virtq_desc_t):
         vq_snapshot16(copy, host)
         rest = 0
     while rest > 0:              # a descriptor that spans two regions: byte by byte, each once
-        host = memory_translate_part(queue.memory, &queue.hint, addr, 1, &part)
+        host = queue_translate_part(queue, addr, 1, IOTLB_READ, &part, &ignored)
         if host == NULL:
             return False
         to[0] = (<const volatile uint8_t*>host)[0]
@@ -87,7 +91,7 @@ cdef int chain_next(chain_t* chain, queue_t* queue, virtq_desc_t* copy) noexcept
         chain.budget -= 1
         chain.steps += 1
         if not _read(chain, queue, copy):
-            return _broken(chain, BROKEN_ADDRESS)
+            return _broken(chain, queue_absent(queue))
         if copy.flags & VIRTQ_DESC_F_INDIRECT:
             # Accepted without VIRTIO_F_INDIRECT_DESC too: Windows drivers have sent it so.
             if _enter_table(chain, queue, copy) < 0:

@@ -7,7 +7,7 @@
                                      buffers; n == burst.count releases everything that pull took
     flush(endpoint)                  end of a worker's round: notify, write out
     room(endpoint)                -> how many packets of one buffer each a push could take now, as far as is known;
-                                     -1: nobody is there to take any
+                                     -1: nobody is there to take any; ROOM_PAUSES: none for now, whatever the guest does
     arm(endpoint, what)           -> ask for a wake-up through the worker's epoll; 1 if there is work already
     attach(endpoint, epoll_fd)       the worker takes over (-1: lets go): watch descriptors, edge-triggered
 
@@ -46,6 +46,9 @@ cdef enum:
 cdef enum:
     ARM_PULL = 1                 # wake me when there is something to pull
     ARM_PUSH = 2                 # wake me when there is more room
+
+cdef enum:
+    ROOM_PAUSES = -2             # of room(): none, but that is not up to the guest, and will pass
 
 cdef struct segment_t:
     uint8_t* data

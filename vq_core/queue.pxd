@@ -5,9 +5,14 @@ thread changes it only by `handover_run`: it fills a queue_change_t, and the wor
 fields over at its next burst boundary (`queue_apply`).
 
 Life of a ring (vhost-user "Ring states"): two flags, started and enabled. `live` sums up what the
-hot path asks: started, enabled and not broken. A guest that breaks its ring makes the queue
+hot path asks: started, enabled, not broken, and no IOMMU in between. A guest that breaks its ring makes the queue
 *broken*: sticky until the ring is stopped; the err eventfd is signalled once and the control
 thread is told by `report_fd`. Everyone else's traffic goes on.
+
+Behind an IOMMU (iotlb.pxd) a queue is never `live`; `queue_goes` says instead whether it can be served. When a
+translation is missing its queue is *parked*: nothing of it is consumed, and it is left alone until there is a new view
+of the translations. When the ring itself is not mapped any more the queue is *unmapped*: it has no pointers, so for
+workers it is not started, but it keeps its indices and goes on when its memory is there again.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vq_core.arch cimport vq_load_u32
@@ -16,7 +21,9 @@ from vq_core.dirty cimport DirtyLog, dirty_mark, dirty_t
 from vq_core.handover cimport Mailbox, mailbox_t
 from vq_core.hold cimport hold_t
 from vq_core.inflight cimport InflightQueue, InflightRegion, inflight_t
-from vq_core.memory cimport MemoryMap, memory_lost, memory_t, region_t
+from vq_core.iotlb cimport Iotlb, iotlb_t, iotlb_view
+from vq_core.memory cimport MemoryMap, memory_lost, memory_t, memory_translate_part, region_t
+from vq_core.misses cimport MissTable, miss_table_t
 from vq_core.notify cimport notify_peer, peer_t
 from vq_core.packed cimport packed_t
 from vq_core.ring cimport (ring_needs_call, ring_publish, ring_request_kick, ring_suppress_kicks, ring_t,
@@ -41,6 +48,7 @@ cdef enum:
     BROKEN_SIGNAL = 12           # call fd that takes too long to signal
     BROKEN_REQUEST = 13          # no whole header or no room for the status
     BROKEN_IN_FLIGHT = 14        # made available again before it was used; noticed where there is an in-flight region
+    BROKEN_MISS = 255            # not broken: a translation is missing (`queue_fail`)
 
 # What a started ring must still read of its memory to know its place. With postcopy the reading may last, so that it is
 # left to the worker.
@@ -53,8 +61,8 @@ cdef struct queue_t:
     memory_t* memory
     region_t* hint               # last region hit; never NULL while started
     dirty_t* log                 # NULL: LOG_ALL is off
-    bint live                    # started and enabled and not broken, and its place is known
-    bint started
+    bint live                    # started and enabled and not broken, its place is known, and no IOMMU
+    bint started                 # the ring may be touched
     bint enabled
     bint log_ring                # VRING_F_LOG: used ring stores are logged at log_guest_addr
     gpa_t log_guest_addr
@@ -76,19 +84,30 @@ cdef struct queue_t:
     hold_t hold                  # whether the driver is being left alone
     counters_t counters
     inflight_t* inflight         # NULL: no region; only devices that complete out of order look here
+    iotlb_t* iotlb               # NULL: addresses of descriptors are guest addresses
+    miss_table_t* misses         # with an IOMMU: where to note what it does not know
+    bint parked                  # with an IOMMU: something was missing in the view `parked_in`
+    bint unmapped                # started for the front-end, but the ring is not mapped
+    uint64_t missed_in           # generation of the view that the last miss was seen in
+    uint64_t parked_in
+    uint64_t ahead_in            # ... and of the last look ahead (ahead.pyx); 0: there was none
+    uint16_t ahead_at            # position that it began at
+    uint16_t ahead_count         # buffers from there on that are mapped
+    uint16_t ahead_want          # how far it looked
+    bint ahead_missed            # and whether it found something that is not mapped
 
 # Read from the ring where it goes on; waits as long as its memory makes it wait.
 cdef void queue_place(queue_t* queue) noexcept nogil
 
 cdef inline bint queue_comes_alive(queue_t* queue) noexcept nogil:
-    """Whether a queue that is not live is so now that its worker has found its place."""
-    if queue.unplaced:
+    """Whether a queue that is not live can be served: its worker has just found its place, or it is behind an IOMMU."""
+    if queue.unplaced and queue.started:
         queue_place(queue)
-    return queue.live
+    return queue.live or queue_goes(queue)
 
 cdef inline bint queue_takes(queue_t* queue) noexcept nogil:
     """For the control thread: whether the queue is live, or will be as soon as its worker has found its place."""
-    return queue.started and queue.enabled and queue.broken == BROKEN_NOT
+    return (queue.started or queue.unmapped) and queue.enabled and queue.broken == BROKEN_NOT
 
 cdef inline void queue_publish(queue_t* queue, bint packed, uint16_t position) noexcept nogil:
     """Expose the used elements before `position`, and log what that changed."""
@@ -138,6 +157,59 @@ cdef inline void queue_request_kick(queue_t* queue) noexcept nogil:
 # Stop the queue for good (until its ring is stopped): bad input of the guest, or a peer that makes signals last.
 cdef void queue_break(queue_t* queue, uint32_t cause, uint32_t head) noexcept nogil
 
+# As `queue_break`, but for BROKEN_MISS the queue is parked.
+cdef void queue_fail(queue_t* queue, uint32_t cause, uint32_t head) noexcept nogil
+
+# ---- addresses ----
+
+# The part of `queue_translate_part` behind an IOMMU; what is missing is noted.
+cdef uint8_t* queue_iotlb_part(queue_t* queue, uint64_t addr, uint64_t length, uint32_t perm, uint64_t* part,
+                               gpa_t* guest_addr) noexcept nogil
+
+cdef inline uint8_t* queue_translate_part(queue_t* queue, uint64_t addr, uint64_t length, uint32_t perm, uint64_t* part,
+                                          gpa_t* guest_addr) noexcept nogil:
+    """The pointer for an address that a descriptor holds, for the slow paths, which alone serve a queue with an IOMMU.
+
+    Parameters
+    ----------
+    length
+        Bytes, more than 0.
+    perm
+        IOTLB_READ or IOTLB_WRITE: what is going to be done to the memory.
+    part
+        How many of the bytes lie together there.
+    guest_addr
+        Their guest physical address, for the dirty log.
+
+    Returns
+    -------
+    uint8_t*
+        NULL, and `queue_fail` with `queue_absent` is due.
+    """
+    if queue.iotlb != NULL:
+        return queue_iotlb_part(queue, addr, length, perm, part, guest_addr)
+    guest_addr[0] = addr
+    return memory_translate_part(queue.memory, &queue.hint, addr, length, part)
+
+cdef inline uint32_t queue_absent(queue_t* queue) noexcept nogil:
+    """What an address without a translation means: the driver's fault, or something to wait for."""
+    return BROKEN_ADDRESS if queue.iotlb == NULL else BROKEN_MISS
+
+cdef inline bint queue_waits(queue_t* queue) noexcept nogil:
+    """Whether the queue is parked; not any more when there is a new view of the translations."""
+    if queue.parked and iotlb_view(queue.iotlb).generation != queue.parked_in:
+        queue.parked = False
+    return queue.parked
+
+cdef inline bint queue_goes(queue_t* queue) noexcept nogil:
+    """Whether a queue that is not `live` can be served all the same: behind an IOMMU."""
+    return queue.iotlb != NULL and queue.started and queue.enabled and queue.broken == BROKEN_NOT \
+        and not queue.unplaced and not queue_waits(queue)
+
+cdef inline bint queue_pauses(queue_t* queue) noexcept nogil:
+    """Whether the queue will go on as soon as translations are there: what is for it can wait."""
+    return queue.enabled and queue.broken == BROKEN_NOT and (queue.unmapped or queue.parked)
+
 cdef inline void queue_flush(queue_t* queue) noexcept nogil:
     """Call the driver if it wants to know of what was published since the last flush."""
     if not ring_undecided(&queue.ring, queue.ring.is_packed):
@@ -161,7 +233,7 @@ cdef enum:
     CHANGE_KICK = 8
     CHANGE_CALL = 16
     CHANGE_ERR = 32
-    CHANGE_MEMORY = 64           # memory and ring pointers; indices stay
+    CHANGE_MEMORY = 64           # memory and ring pointers, or none (unmapped); indices stay
     CHANGE_LOG = 128             # log, log_ring, log_guest_addr
     CHANGE_EPOLL = 256
     CHANGE_SUSPEND = 512         # with STOP: what is under way need not be done, the region tells of it
@@ -194,12 +266,17 @@ cdef class Queue:
     cdef uint16_t _begin         # split: available index when the ring was started
     cdef bint _batches
     cdef uint64_t* _elements     # room for used elements (packed) or heads (split), while started
-    cdef tuple _addresses        # (desc, avail, used), user addresses, while started
+    cdef tuple _addresses        # (desc, avail, used), as the front-end said them, while started
+    cdef bint _guest_addresses   # ... and these are guest addresses
+    cdef Iotlb _iotlb            # held while started behind an IOMMU
+    cdef MissTable _misses       # what `queue.misses` points to
 
     cdef int _change(self, queue_change_t* change) except -1
     cdef int _set_in_use(self) except -1
     cdef int _begin_split(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1
     cdef int _begin_packed(self, queue_t* queue, int num, uint64_t base, uint64_t features, bint in_order) except -1
     cdef InflightQueue _place_inflight(self, queue_change_t* change, InflightRegion region)
-    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses,
+    cdef uint8_t* _find(self, MemoryMap memory, Iotlb iotlb, uint64_t address, uint64_t length, uint32_t perm,
+                        gpa_t* guest_addr) except? NULL
+    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, Iotlb iotlb, int num, tuple addresses,
                       uint64_t features) except -1

@@ -1,5 +1,5 @@
 """Virtqueues as the control plane sees them: start, stop, change, report."""
-from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from vq_core.arch cimport (vq_exchange_u32, vq_load_acquire_u32, vq_load_u16, vq_load_u32, vq_load_u64,
@@ -7,11 +7,13 @@ from vq_core.arch cimport (vq_exchange_u32, vq_load_acquire_u32, vq_load_u16, vq
 from vq_core.counters cimport counters_snapshot, counters_work
 from vq_core.dirty cimport DirtyLog, dirty_mark
 from vq_core.epoll cimport EPOLLIN, epoll_move
-from vq_core.handover cimport handover_run
+from vq_core.handover cimport Mailbox, handover_run
 from vq_core.hold cimport hold_end
 from vq_core.inflight cimport InflightQueue, InflightRegion
 from vq_core.inflight_restart cimport inflight_resume
-from vq_core.memory cimport MemoryMap, memory_user_translate
+from vq_core.iotlb cimport IOTLB_READ, IOTLB_WRITE, Iotlb, iotlb_translate_part, iotlb_view, iotlb_view_t
+from vq_core.memory cimport MemoryMap, memory_translate, memory_user_translate, region_t
+from vq_core.misses cimport MissTable, misses_note
 from vq_core.notify cimport notify_peer, notify_signal, notify_usable, peer_t
 from vq_core.packed cimport PACKED_WRAP_BITS, packed_has_more, packed_t
 from vq_core.port cimport BURST_MAX
@@ -67,7 +69,8 @@ cdef void queue_break(queue_t* queue, uint32_t cause, uint32_t head) noexcept no
 
 
 cdef void _decide_life(queue_t* queue) noexcept nogil:
-    queue.live = queue.started and queue.enabled and queue.broken == BROKEN_NOT and not queue.unplaced
+    queue.live = queue.started and queue.enabled and queue.broken == BROKEN_NOT and not queue.unplaced \
+        and queue.iotlb == NULL
 
 
 cdef void queue_place(queue_t* queue) noexcept nogil:
@@ -89,6 +92,23 @@ cdef void queue_place(queue_t* queue) noexcept nogil:
         if what & PLACE_AVAIL:
             split.last_avail_idx = split.shadow_avail_idx = split.next_used
     _decide_life(queue)
+
+cdef void queue_fail(queue_t* queue, uint32_t cause, uint32_t head) noexcept nogil:
+    if cause == BROKEN_MISS:
+        queue.parked = True
+        queue.parked_in = queue.missed_in
+    else:
+        queue_break(queue, cause, head)
+
+
+cdef uint8_t* queue_iotlb_part(queue_t* queue, uint64_t addr, uint64_t length, uint32_t perm, uint64_t* part,
+                               gpa_t* guest_addr) noexcept nogil:
+    cdef iotlb_view_t* view = iotlb_view(queue.iotlb)
+    cdef uint8_t* host = iotlb_translate_part(view, addr, length, perm, part, guest_addr)
+    if host == NULL:
+        queue.missed_in = view.generation
+        misses_note(queue.misses, &queue.iotlb.misses, addr, perm)
+    return host
 
 
 cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
@@ -115,6 +135,9 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
         queue.ring = wanted.ring
         queue.memory = wanted.memory
         queue.hint = wanted.hint
+        queue.iotlb = wanted.iotlb
+        queue.misses = wanted.misses
+        queue.ahead_in = 0
         queue.features = wanted.features
         queue.indirect_limit = wanted.indirect_limit
         queue.unplaced = wanted.unplaced
@@ -128,18 +151,23 @@ cdef void queue_apply(queue_t* queue, queue_change_t* change) noexcept nogil:
         _point(&queue.ring, &wanted.ring)
         queue.memory = wanted.memory
         queue.hint = wanted.hint
+        queue.unmapped = wanted.unmapped
+        queue.started = not wanted.unmapped
     if what & CHANGE_ENABLED:
         queue.enabled = wanted.enabled
     if what & CHANGE_STOP:
         epoll_move(queue.epoll_fd, -1, queue.kick_fd, EPOLLIN)
-        queue.started = False
+        queue.started = queue.unmapped = False
         queue.unplaced = 0
         queue.kick_fd = queue.call_fd = -1
         queue.memory = NULL
         queue.hint = NULL
         queue.log = NULL
         queue.inflight = NULL
+        queue.iotlb = NULL
+        queue.misses = NULL
         _point(&queue.ring, &wanted.ring)        # nowhere
+    queue.parked = False
     _decide_life(queue)
 
 
@@ -233,6 +261,56 @@ cdef int _signal_fd(object fd) except -2:
     return _fd(fd)
 
 
+def ring_parts(int num, tuple addresses, uint64_t features):
+    """What a ring consists of.
+
+    Parameters
+    ----------
+    num : int
+        Entries.
+    addresses : tuple of int
+        Of descriptor table, available ring and used ring; packed: descriptor ring, driver and device event structure.
+    features : int
+        Negotiated virtio features.
+
+    Returns
+    -------
+    tuple of (name, address, alignment, length, perm)
+        Bytes; `perm` is 1 for what is only read, 3 for what is written as well.
+    """
+    # The event fields are always there in drivers of 1.0 and later, but a legal ring may end without them when they are
+    # not negotiated.
+    event_bytes = 2 if has_feature(features, VIRTIO_F_EVENT_IDX) else 0
+    desc, avail, used = addresses
+    if has_feature(features, VIRTIO_F_RING_PACKED):
+        return (("descriptor ring", desc, 16, 16 * num, IOTLB_READ | IOTLB_WRITE),
+                ("driver event structure", avail, 4, 4, IOTLB_READ),
+                ("device event structure", used, 4, 4, IOTLB_READ | IOTLB_WRITE))
+    return (("descriptor table", desc, 16, 16 * num, IOTLB_READ),
+            ("available ring", avail, 2, 4 + 2 * num + event_bytes, IOTLB_READ),
+            ("used ring", used, 4, 4 + 8 * num + event_bytes, IOTLB_READ | IOTLB_WRITE))
+
+
+cdef void _nothing(void* target, void* argument) noexcept nogil:
+    pass
+
+
+def settle(Iotlb iotlb not None, queues):
+    """Return when no worker of these queues uses what `iotlb` has dropped.
+
+    Each passes a burst boundary, where it holds nothing that came from guest memory.
+    """
+    for mailbox in {(<Queue?>queue).mailbox for queue in queues} - {None}:
+        handover_run(<Mailbox>mailbox, _nothing, NULL, NULL)
+    iotlb._reclaim()
+
+
+def wake(queues):
+    """Let the workers of these queues look again: there are new translations."""
+    for mailbox in {(<Queue?>queue).mailbox for queue in queues} - {None}:
+        notify_signal((<Mailbox>mailbox).box.event_fd)
+
+
 cdef class Queue:
     """One virtqueue of a device, as the control plane handles it.
 
@@ -275,29 +353,31 @@ cdef class Queue:
         handover_run(self.mailbox, queue_run_change, &self.queue, change)
         return 0
 
-    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, int num, tuple addresses,
+    cdef uint8_t* _find(self, MemoryMap memory, Iotlb iotlb, uint64_t address, uint64_t length, uint32_t perm,
+                        gpa_t* guest_addr) except? NULL:
+        """The pointer of a part of the ring, whatever kind its address is; NULL if it does not lie there in one piece.
+        """
+        cdef region_t* hint
+        if iotlb is not None:
+            return iotlb._locate(address, length, perm, guest_addr)
+        if not self._guest_addresses:
+            return memory_user_translate(&memory.memory, address, length, guest_addr)
+        hint = memory.memory.regions
+        guest_addr[0] = address
+        return memory_translate(&memory.memory, &hint, address, length)
+
+    cdef int _resolve(self, queue_change_t* change, MemoryMap memory, Iotlb iotlb, int num, tuple addresses,
                       uint64_t features) except -1:
         """Fill in the pointers of ring and memory; ValueError if a part does not lie in one region."""
-        cdef uint64_t event_bytes = 2        # the event fields are always there in drivers of 1.0 and later, but ...
         cdef gpa_t guest_addr, desc_addr = 0
         cdef ring_t* ring = &change.wanted.ring
         ring.is_packed = has_feature(features, VIRTIO_F_RING_PACKED)
-        if not has_feature(features, VIRTIO_F_EVENT_IDX):
-            event_bytes = 0                  # ... a legal ring may end without them when they are not negotiated
-        if ring.is_packed:
-            parts = (("descriptor ring", addresses[0], 16, 16 * num),
-                     ("driver event structure", addresses[1], 4, 4),
-                     ("device event structure", addresses[2], 4, 4))
-        else:
-            parts = (("descriptor table", addresses[0], 16, 16 * num),
-                     ("available ring", addresses[1], 2, 4 + 2 * num + event_bytes),
-                     ("used ring", addresses[2], 4, 4 + 8 * num + event_bytes))
         pointers = []
-        for part, address, alignment, length in parts:
-            found = <uintptr_t>memory_user_translate(&memory.memory, address, length, &guest_addr)
+        for part, address, alignment, length, perm in ring_parts(num, addresses, features):
+            found = <uintptr_t>self._find(memory, iotlb, address, length, perm, &guest_addr)
             if not found:
-                raise ValueError(f"queue {self.index}: {part} at {address:#x} ({length} bytes) does not lie in one "
-                                 "memory region")
+                where = "one memory region" if iotlb is None else "one piece of memory behind the IOMMU"
+                raise ValueError(f"queue {self.index}: {part} at {address:#x} ({length} bytes) does not lie in {where}")
             if address % alignment or found % alignment:
                 raise ValueError(f"queue {self.index}: {part} at {address:#x} is not aligned to {alignment} bytes")
             if not pointers:
@@ -312,14 +392,18 @@ cdef class Queue:
             ring.split.desc = <virtq_desc_t*><uintptr_t>pointers[0]
             ring.split.avail = <virtq_avail_t*><uintptr_t>pointers[1]
             ring.split.used = <virtq_used_t*><uintptr_t>pointers[2]
-        change.wanted.memory = &memory.memory
-        change.wanted.hint = memory.memory.regions
+        if iotlb is None:
+            change.wanted.memory = &memory.memory
+            change.wanted.hint = memory.memory.regions
+        else:
+            change.wanted.memory = &iotlb.iotlb.nowhere
+            change.wanted.hint = &iotlb.iotlb.nothing
         return 0
 
     def start(self, MemoryMap memory not None, int num, uint64_t desc, uint64_t avail, uint64_t used, uint64_t base,
               uint64_t features, *,
               kick_fd=None, call_fd=None, err_fd=None, bint enabled=False, DirtyLog log=None, log_guest_addr=None,
-              bint in_order=True, InflightRegion inflight=None):
+              bint in_order=True, InflightRegion inflight=None, Iotlb iotlb=None, bint guest_addresses=False):
         """Start the ring.
 
         Parameters
@@ -342,6 +426,11 @@ cdef class Queue:
             Where written pages are marked; None: no logging.
         log_guest_addr : int, optional
             Where used ring stores are logged; None: VRING_F_LOG is not set.
+        iotlb : Iotlb, optional
+            All addresses are I/O virtual, those above and those in descriptors; `memory` is what it translates to. All
+            of the ring must be mapped.
+        guest_addresses : bool
+            The addresses above are guest addresses (vhost-user, VHOST_USER_PROTOCOL_F_GPA_ADDRESSES).
         in_order : bool
             The device completes in order and has no in-flight region: resume where the ring says that it stopped
             when that differs from `base`, since the requests between were lost in a crash (protocol 6.3). A packed
@@ -360,10 +449,11 @@ cdef class Queue:
         cdef uint64_t* elements = NULL
         if not 1 <= num <= VIRTQ_SIZE_MAX:
             raise ValueError(f"queue {self.index}: size {num} is not from 1 to {VIRTQ_SIZE_MAX}")
-        if self.queue.started:
+        if self.started:
             raise ValueError(f"queue {self.index} is started; stop it first")
         memset(&change, 0, sizeof(change))
-        self._resolve(&change, memory, num, (desc, avail, used), features)
+        self._guest_addresses = guest_addresses
+        self._resolve(&change, memory, iotlb, num, (desc, avail, used), features)
         change.what = CHANGE_START | CHANGE_ENABLED
         change.wanted.ring.num = num
         elements = <uint64_t*>calloc(_elements(num), sizeof(uint64_t))
@@ -394,9 +484,16 @@ cdef class Queue:
                            and change.wanted.ring.packed.avail_flags == VIRTQ_PACKED_DESC_F_AVAIL)
         else:
             self._fresh = self._begin == 0
+        if iotlb is not None:
+            if self._misses is None:
+                self._misses = MissTable()
+            iotlb._attach(self._misses)
+            change.wanted.iotlb = &iotlb.iotlb
+            change.wanted.misses = &self._misses.table
         self._change(&change)
         self._enabled = enabled
-        self._memory = memory
+        self._memory = memory if iotlb is None else None     # the translations hold it as long as they use it
+        self._iotlb = iotlb
         self._log = log
         self._inflight = tracking
         self._addresses = (desc, avail, used)
@@ -471,7 +568,10 @@ cdef class Queue:
         if suspend and self.queue.inflight != NULL:
             change.what |= CHANGE_SUSPEND
         self._change(&change)
+        if self._iotlb is not None:
+            self._iotlb._detach(self._misses)
         self._memory = None
+        self._iotlb = None
         self._log = None
         self._inflight = None
         self._addresses = None
@@ -513,7 +613,7 @@ cdef class Queue:
         change.what = CHANGE_CALL
         change.wanted.call_fd = _signal_fd(fd)
         self._change(&change)
-        if self.queue.started:
+        if self.started:
             notify_peer(&self._peer.peer, change.wanted.call_fd)
 
     def signal(self, fd):
@@ -546,15 +646,42 @@ cdef class Queue:
         if not self.queue.started:
             return
         memset(&change, 0, sizeof(change))
-        self._resolve(&change, memory, self.queue.ring.num, self._addresses, self.queue.features)
+        self._resolve(&change, memory, None, self.queue.ring.num, self._addresses, self.queue.features)
         change.what = CHANGE_MEMORY
         self._change(&change)
         self._memory = memory
 
+    def unmap(self):
+        """Take the ring away from a queue behind an IOMMU, since it is not mapped any more; it keeps its indices."""
+        cdef queue_change_t change
+        if not self.queue.started or self._iotlb is None:
+            return
+        memset(&change, 0, sizeof(change))
+        change.what = CHANGE_MEMORY
+        change.wanted.unmapped = True
+        change.wanted.memory = &self._iotlb.iotlb.nowhere
+        change.wanted.hint = &self._iotlb.iotlb.nothing
+        self._change(&change)
+
+    def remap(self):
+        """Give an unmapped queue its ring back; ValueError, and nothing changes, if not all of it is mapped."""
+        cdef queue_change_t change
+        if not self.queue.unmapped:
+            return
+        memset(&change, 0, sizeof(change))
+        self._resolve(&change, None, self._iotlb, self.queue.ring.num, self._addresses, self.queue.features)
+        change.what = CHANGE_MEMORY
+        self._change(&change)
+
+    @property
+    def mapped(self):
+        """bool: started, and its ring can be touched."""
+        return bool(self.queue.started)
+
     def set_log(self, DirtyLog log, log_guest_addr=None):
         """Switch dirty logging: `log` None is off; `log_guest_addr` None leaves used ring stores out."""
         cdef queue_change_t change
-        if not self.queue.started:
+        if not self.started:
             return
         memset(&change, 0, sizeof(change))
         change.what = CHANGE_LOG
@@ -579,7 +706,7 @@ cdef class Queue:
     @property
     def started(self):
         """bool"""
-        return bool(self.queue.started)
+        return bool(self.queue.started or self.queue.unmapped)
 
     @property
     def enabled(self):

@@ -77,6 +77,12 @@ cdef inline void ring_take(ring_t* ring, bint packed, cursor_t* cursor, uint16_t
     else:
         split_take(&ring.split, cursor, slots)
 
+cdef inline void ring_pass(ring_t* ring, bint packed, cursor_t* cursor, uint16_t slots) noexcept nogil:
+    """Move the cursor over a buffer of `slots` descriptors, only to look at the next one."""
+    ring_take(ring, packed, cursor, slots)
+    if not packed:
+        cursor.head = <uint16_t>(cursor.head + slots) & ring.split.mask
+
 cdef inline void ring_commit_take(ring_t* ring, bint packed, cursor_t* cursor) noexcept nogil:
     if packed:
         packed_commit_take(&ring.packed, cursor)

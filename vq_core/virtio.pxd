@@ -9,6 +9,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 # Kinds of addresses. None of them is a pointer: memory.pxd alone makes pointers of them.
 ctypedef uint64_t gpa_t   # guest physical address, found in descriptors
 ctypedef uint64_t uva_t   # front-end user address, found in SET_VRING_ADDR
+ctypedef uint64_t iova_t  # I/O virtual address: what stands in place of both with VIRTIO_F_ACCESS_PLATFORM
 
 cdef struct virtq_desc_t:             # 2.7.5
     gpa_t addr
@@ -89,6 +90,7 @@ cdef enum:
     VIRTIO_F_INDIRECT_DESC = 28
     VIRTIO_F_EVENT_IDX = 29
     VIRTIO_F_VERSION_1 = 32
+    VIRTIO_F_ACCESS_PLATFORM = 33
     VIRTIO_F_RING_PACKED = 34
     VIRTIO_F_IN_ORDER = 35
     VIRTIO_NET_F_GUEST_USO4 = 54

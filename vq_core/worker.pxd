@@ -24,6 +24,7 @@ from vq_core.switch cimport switch_lane_t, switch_t
 cdef enum:
     NEED_MAX = 44                # buffers of 1.5 KiB for a packet of 64 KiB
     PATIENCE_CYCLES = 10000000   # about 4 ms: a guest that is busy elsewhere comes back by then
+    PAUSE_CYCLES = 300000000     # about 100 ms, for a target that waits for something else than its guest
     SUB_BURST = 16               # packets published at once while both ends are rings of guests, by default
     SUB_BURST_BYTES = 704        # a packet: when all are of full Ethernet length, half of a sub-burst is published
 

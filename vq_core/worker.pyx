@@ -8,7 +8,7 @@ from vq_core.counters cimport DROP_NO_DESCRIPTORS, counters_round
 from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
 from vq_core.offload cimport Offload, offload_push
-from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_CSUM, Port, burst_t, endpoint_t, packet_t
+from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_CSUM, ROOM_PAUSES, Port, burst_t, endpoint_t, packet_t
 from vq_core.switch cimport SwitchLane, switch_forward, switch_now_s
 
 import os
@@ -64,12 +64,12 @@ cdef inline int _patience(flow_t* flow, uint64_t now) noexcept nogil:
         flow.most = max(flow.most, room)
         need = max(1, min(need, flow.most // 2))
     if room < need:
-        if room < 0 or flow.tired:
+        if flow.tired or (room < 0 and room != ROOM_PAUSES):
             return BURST_MAX
         if not flow.waiting:
             flow.waiting = True
             flow.waiting_since = now
-        if now - flow.waiting_since < PATIENCE_CYCLES:
+        if now - flow.waiting_since < (PAUSE_CYCLES if room == ROOM_PAUSES else PATIENCE_CYCLES):
             return 0
         flow.tired = True
         flow.waiting = False

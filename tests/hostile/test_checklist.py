@@ -64,7 +64,6 @@ LINES = {
 ONLY_REFUSED = {
     13: "in-flight regions are not served: the message is nacked, its fd closed",
     14: "in-flight regions are not served: no reply can say no, so the connection ends; nothing is allocated",
-    16: "ACCESS_PLATFORM is not offered: IOTLB messages are nacked",
     36: "RING_PACKED is not offered, and cannot be acknowledged",
     40: "CTRL_VQ is not offered: front-ends keep the control queue",
 }

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 COMMON_FEATURES: Final = v.mask(
     v.VIRTIO_BLK_F_SEG_MAX, v.VIRTIO_BLK_F_BLK_SIZE, v.VIRTIO_BLK_F_FLUSH, v.VIRTIO_BLK_F_TOPOLOGY, v.VIRTIO_BLK_F_MQ,
-    v.VIRTIO_F_INDIRECT_DESC, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_F_VERSION_1, v.VIRTIO_F_RING_PACKED,
-    v.VHOST_F_LOG_ALL, v.VHOST_USER_F_PROTOCOL_FEATURES,
+    v.VIRTIO_F_INDIRECT_DESC, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_F_VERSION_1, v.VIRTIO_F_ACCESS_PLATFORM,
+    v.VIRTIO_F_RING_PACKED, v.VHOST_F_LOG_ALL, v.VHOST_USER_F_PROTOCOL_FEATURES,
 )  # fmt: skip
 WRITABLE_FEATURES: Final = v.mask(v.VIRTIO_BLK_F_CONFIG_WCE, v.VIRTIO_BLK_F_DISCARD, v.VIRTIO_BLK_F_WRITE_ZEROES)
 FEATURES: Final = COMMON_FEATURES | WRITABLE_FEATURES | v.mask(v.VIRTIO_BLK_F_RO)
@@ -39,6 +39,7 @@ PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD, v.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT,
     v.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN,
     v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS, v.VHOST_USER_PROTOCOL_F_DEVICE_STATE,
+    v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
 )  # fmt: skip
 
 SEG_MAX: Final = 126  # with header and status a request must fit into a queue, to which QEMU gives 128 entries
@@ -115,6 +116,8 @@ class BlkDevice(Device):
         features = COMMON_FEATURES | (v.mask(v.VIRTIO_BLK_F_RO) if disk.read_only else WRITABLE_FEATURES)
         if not packed:
             features &= ~v.mask(v.VIRTIO_F_RING_PACKED)
+        if postcopy:
+            features &= ~v.mask(v.VIRTIO_F_ACCESS_PLATFORM)
         self.offer = Offer(
             features,
             with_postcopy(PROTOCOL_FEATURES) if postcopy else PROTOCOL_FEATURES,

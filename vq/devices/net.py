@@ -34,7 +34,7 @@ FEATURES: Final = v.mask(
     v.VIRTIO_NET_F_GUEST_USO4, v.VIRTIO_NET_F_GUEST_USO6, v.VIRTIO_NET_F_HOST_USO,
     v.VIRTIO_NET_F_MRG_RXBUF, v.VIRTIO_NET_F_GUEST_ANNOUNCE, v.VIRTIO_NET_F_MQ,
     v.VIRTIO_F_ANY_LAYOUT, v.VIRTIO_F_INDIRECT_DESC, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_F_VERSION_1, v.VIRTIO_F_IN_ORDER,
-    v.VIRTIO_F_RING_PACKED, v.VHOST_F_LOG_ALL, v.VHOST_USER_F_PROTOCOL_FEATURES,
+    v.VIRTIO_F_ACCESS_PLATFORM, v.VIRTIO_F_RING_PACKED, v.VHOST_F_LOG_ALL, v.VHOST_USER_F_PROTOCOL_FEATURES,
 )  # fmt: skip
 
 PROTOCOL_FEATURES: Final = v.mask(
@@ -42,7 +42,7 @@ PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_MTU, v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
     v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_STATUS,
     v.VHOST_USER_PROTOCOL_F_BACKEND_REQ, v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
-    v.VHOST_USER_PROTOCOL_F_DEVICE_STATE,
+    v.VHOST_USER_PROTOCOL_F_DEVICE_STATE, v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
 )  # fmt: skip
 
 # What a device with a control queue and a configuration space of its own offers as well.
@@ -121,6 +121,7 @@ class NetDevice(Device):
             protocol &= ~v.mask(v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
         if postcopy:
             protocol = with_postcopy(protocol)
+            features &= ~v.mask(v.VIRTIO_F_ACCESS_PLATFORM)
         answer = 2 * pairs if single_queues else pairs
         self.offer = Offer(features, protocol, queue_count=2 * pairs, queue_num_answer=answer)
         self._default_mtu = self._mtu = mtu

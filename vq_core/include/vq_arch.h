@@ -54,6 +54,12 @@ VQ_INLINE uint32_t vq_load_u32(const volatile void *p) {
 VQ_INLINE void vq_store_release_u32(volatile void *p, uint32_t v) {
     __atomic_store_n((volatile uint32_t *)p, v, __ATOMIC_RELEASE);
 }
+VQ_INLINE void *vq_load_acquire_pointer(const volatile void *p) {
+    return __atomic_load_n((void *const volatile *)p, __ATOMIC_ACQUIRE);
+}
+VQ_INLINE void vq_store_release_pointer(volatile void *p, void *v) {
+    __atomic_store_n((void *volatile *)p, v, __ATOMIC_RELEASE);
+}
 VQ_INLINE uint32_t vq_exchange_u32(volatile void *p, uint32_t v) {
     return __atomic_exchange_n((volatile uint32_t *)p, v, __ATOMIC_SEQ_CST);
 }

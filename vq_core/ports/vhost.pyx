@@ -2,18 +2,20 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
+from vq_core.ahead cimport ahead_room
 from vq_core.arch cimport vq_load_u32
 from vq_core.handover cimport Mailbox, handover_run
 from vq_core.net cimport net_accepts
 from vq_core.port cimport ARM_PULL, ARM_PUSH, Port, endpoint_t
 from vq_core.ports.vhost_filter cimport vhost_push_filtered
-from vq_core.ports.vhost_pair cimport RARP_BYTES, pair_lost, pair_t
+from vq_core.ports.vhost_pair cimport ERRAND_AHEAD, ERRAND_RARP, RARP_BYTES, pair_lost, pair_t
 from vq_core.ports.vhost_pull cimport vhost_pull, vhost_release
 from vq_core.ports.vhost_push cimport vhost_push, vhost_room
 from vq_core.queue cimport (BROKEN_NOT, CHANGE_EPOLL, Peer, Queue, queue_apply, queue_change_t, queue_flush,
-                            queue_request_kick, queue_t, queue_takes)
+                            queue_goes, queue_request_kick, queue_t, queue_takes, queue_waits)
 from vq_core.receive_filter cimport ReceiveFilter, receive_filter_t
 from vq_core.ring cimport ring_has_more, ring_known
+from vq_core.virtio cimport VIRTIO_F_ACCESS_PLATFORM, has_feature
 
 cdef enum:
     PAIRS_MAX = 128              # the fd messages carry the ring index in 8 bits
@@ -32,9 +34,12 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
     cdef queue_t* queue = pair.transmitq
     cdef bint packed = queue.ring.is_packed
     if what & ARM_PULL:
-        if pair.rarp_pending:
+        if pair.errands & ERRAND_RARP:
             return 1
-        if queue.started and queue.broken == BROKEN_NOT:
+        if pair.errands & ERRAND_AHEAD and queue_goes(pair.receiveq):
+            queue_request_kick(pair.receiveq)        # for buffers whose translations are to be asked for
+            ahead_room(pair.receiveq)
+        if queue.started and queue.broken == BROKEN_NOT and not queue_waits(queue):
             if queue.unplaced:
                 return 1
             if ring_known(&queue.ring, packed) > 0:
@@ -49,10 +54,12 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
     if what & ARM_PUSH:
         queue = pair.receiveq
         packed = queue.ring.is_packed
-        if queue.live:
+        if queue.live or queue_goes(queue):
             queue_request_kick(queue)
             if queue.kick_fd < 0 or ring_has_more(&queue.ring, packed):
                 return 1
+            if queue.iotlb != NULL and ahead_room(queue) > 0:
+                return 1             # translations have come meanwhile
     return 0
 
 
@@ -71,6 +78,7 @@ cdef void _attach(endpoint_t* endpoint, int epoll_fd) noexcept nogil:
 cdef struct pair_change_t:
     uint32_t accepts
     uint32_t frame_limit
+    uint32_t errands
     uint8_t* rarp
 
 
@@ -79,10 +87,11 @@ cdef void _change_pair(void* target, void* argument) noexcept nogil:
     cdef pair_change_t* change = <pair_change_t*>argument
     if change.rarp != NULL:
         memcpy(pair.rarp, change.rarp, RARP_BYTES)
-        pair.rarp_pending = 1
+        pair.errands |= ERRAND_RARP
     else:
         pair.endpoint.accepts = change.accepts
         pair.frame_limit = change.frame_limit
+        pair.errands = (pair.errands & ERRAND_RARP) | change.errands
 
 
 cdef struct filter_change_t:
@@ -187,6 +196,7 @@ cdef class VhostPort(Port):
         cdef int i
         change.accepts = net_accepts(features)
         change.frame_limit = 0xffffffff if mtu is None else mtu + 18      # Ethernet header and a VLAN tag
+        change.errands = ERRAND_AHEAD if has_feature(features, VIRTIO_F_ACCESS_PLATFORM) else 0
         change.rarp = NULL
         for i in range(self.endpoint_count):
             handover_run(self.mailboxes[i], _change_pair, &self.pairs[i], &change)
@@ -249,7 +259,7 @@ cdef class VhostPort(Port):
     def sources(self):
         """list of int: pairs whose transmitq is started (a disabled one is emptied), and pair 0 while a RARP waits."""
         return [i for i in range(self.endpoint_count)
-                if self.pairs[i].transmitq.started or vq_load_u32(&self.pairs[i].rarp_pending)]
+                if self.queues[2 * i + 1].started or vq_load_u32(&self.pairs[i].errands) & ERRAND_RARP]
 
     @property
     def targets(self):

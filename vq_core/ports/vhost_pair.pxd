@@ -12,6 +12,10 @@ cdef enum:
     HEADER_MIN = 10
     HEADER_MAX = 12
 
+cdef enum:
+    ERRAND_RARP = 1              # a frame waits to be pulled as if the guest had sent it
+    ERRAND_AHEAD = 2             # there is an IOMMU: translations for the receiveq are asked for before they are needed
+
 # Outcomes of the slow paths for one packet.
 cdef enum:
     DONE = 1
@@ -25,7 +29,7 @@ cdef struct pair_t:
     queue_t* receiveq
     queue_t* transmitq
     uint32_t frame_limit             # longest frame towards the guest (NET_SET_MTU); segmentation is exempt
-    uint32_t rarp_pending            # a frame waits to be pulled as if the guest had sent it
+    uint32_t errands                 # ERRAND_* bits: what a pull has to do besides
     uint8_t rarp[RARP_BYTES]
     receive_filter_t* filter         # set exactly while the endpoint's push is vhost_push_filtered
 

@@ -1,19 +1,22 @@
 """From a guest: packets out of its transmitq."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
+from vq_core.ahead cimport ahead_look, ahead_room
 from vq_core.arch cimport vq_prefetch, vq_snapshot_u16, vq_snapshot_u64
 from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t, chain_twin, twin_t
 from vq_core.counters cimport DROP_DISABLED, DROP_SEGMENTS, DROP_TOO_LONG, DROP_TOO_SHORT
 from vq_core.cursor cimport cursor_t
 from vq_core.hold cimport hold_begin, hold_end, hold_on
-from vq_core.memory cimport memory_translate_near, memory_translate_part, region_t
+from vq_core.iotlb cimport IOTLB_READ
+from vq_core.memory cimport memory_translate_near, region_t
 from vq_core.net cimport net_header_bytes, net_header_check, net_offers
 from vq_core.notify cimport notify_signal
 from vq_core.port cimport BURST_MAX, PACKET_MAX, SEGMENTS_MAX, burst_t, endpoint_t, packet_t
-from vq_core.ports.vhost_pair cimport (BROKE, BURST_FULL, DONE, DROPPED, HEADER_MAX, HEADER_MIN, RARP_BYTES,
-                                       pair_id_is_wrong, pair_lost, pair_no_entries, pair_t)
-from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_HEAD, BROKEN_MEMORY_LOST, BROKEN_NOT, queue_break,
-                            queue_comes_alive, queue_flush, queue_publish, queue_suppress_kicks, queue_t)
+from vq_core.ports.vhost_pair cimport (BROKE, BURST_FULL, DONE, DROPPED, ERRAND_RARP, HEADER_MAX, HEADER_MIN,
+                                       RARP_BYTES, pair_id_is_wrong, pair_lost, pair_no_entries, pair_t)
+from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_HEAD, BROKEN_MEMORY_LOST, BROKEN_NOT, queue_absent, queue_break,
+                            queue_comes_alive, queue_fail, queue_flush, queue_goes, queue_publish,
+                            queue_suppress_kicks, queue_t, queue_translate_part)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_counts_slots, ring_look, ring_next_used, ring_position,
                            ring_prefetch, ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
@@ -44,7 +47,7 @@ cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, chain_t* 
     cdef uint8_t header[HEADER_MAX]
     cdef uint8_t* host
     cdef uint64_t part, left
-    cdef gpa_t addr
+    cdef gpa_t addr, ignored
     cdef uint32_t in_header = 0, segments = 0, first = burst.segment_count
     cdef uint64_t length = 0
     cdef int step
@@ -62,10 +65,12 @@ cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, chain_t* 
         if addr + left < addr:
             queue_break(queue, BROKEN_ADDRESS, chain.id)
             return BROKE
+        if length > PACKET_MAX and queue.iotlb != NULL:
+            continue             # it will be dropped: nothing more of it is asked for
         while left > 0:
-            host = memory_translate_part(queue.memory, &queue.hint, addr, left, &part)
+            host = queue_translate_part(queue, addr, left, IOTLB_READ, &part, &ignored)
             if host == NULL:
-                queue_break(queue, BROKEN_ADDRESS, chain.id)
+                queue_fail(queue, queue_absent(queue), chain.id)
                 return BROKE
             addr += part
             left -= part
@@ -94,7 +99,7 @@ cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, chain_t* 
             else:
                 segments = SEGMENTS_MAX + 1
     if step < 0:
-        queue_break(queue, chain.broken, chain.id)
+        queue_fail(queue, chain.broken, chain.id)
         return BROKE
     if length == 0 or length > PACKET_MAX or segments > SEGMENTS_MAX:
         queue.counters.dropped[DROP_TOO_SHORT if length == 0 else
@@ -128,7 +133,7 @@ cdef int _discard(queue_t* queue) noexcept nogil:
         chain_begin(&chain, queue, cursor.head, &descriptor)
         if ring_counts_slots(ring) and \
                 (chain_next(&chain, queue, &descriptor) < 0 or chain_end(&chain, queue) < 0):
-            queue_break(queue, chain.broken, chain.id)
+            queue_fail(queue, chain.broken, chain.id)
             break
         steps += chain.steps
         if pair_id_is_wrong(queue, packed, chain.id):
@@ -144,7 +149,7 @@ cdef int _discard(queue_t* queue) noexcept nogil:
 cdef int _pull_rarp(pair_t* pair, burst_t* burst) noexcept nogil:
     """Hand over the frame that announces a guest after its migration, as if the guest had sent it."""
     cdef packet_t* packet = &burst.packets[0]
-    pair.rarp_pending = 0
+    pair.errands &= ~<uint32_t>ERRAND_RARP
     memset(packet, 0, sizeof(packet_t))
     packet.data = pair.rarp
     packet.head_bytes = packet.length = RARP_BYTES
@@ -235,6 +240,8 @@ cdef inline int _pull_live(queue_t* queue, bint packed, uint32_t header_bytes, b
         status = _pull_chain(queue, burst, packet, &chain, header_bytes)
         steps += chain.steps
         if status == BROKE or status == BURST_FULL or pair_id_is_wrong(queue, packed, chain.id):
+            if queue.parked:     # one answer for all that is missing, not one after the other
+                ahead_look(queue, cursor, available, IOTLB_READ)
             break
         ring_use(ring, packed, &slow, chain.id, 0, chain.slots)
         cursor = slow
@@ -281,10 +288,13 @@ cdef int vhost_pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept no
     cdef pair_t* pair = <pair_t*>endpoint.port
     cdef queue_t* queue = pair.transmitq
     burst.count = burst.wants = burst.segment_count = 0
-    if pair.rarp_pending:
-        return _pull_rarp(pair, burst)
+    if pair.errands:
+        if pair.errands & ERRAND_RARP:
+            return _pull_rarp(pair, burst)
+        if queue_goes(pair.receiveq):
+            ahead_room(pair.receiveq)
     if not queue.live and not queue_comes_alive(queue):
-        if queue.started and queue.broken == BROKEN_NOT:
+        if queue.started and queue.broken == BROKEN_NOT and not queue.parked:
             return _discard(queue)
         return 0
     if queue.ring.is_packed:             # and then VERSION_1 was negotiated (queue.pyx): the header has 12 bytes

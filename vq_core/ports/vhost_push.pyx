@@ -1,6 +1,7 @@
 """To a guest: packets into its receiveq."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
+from vq_core.ahead cimport ahead_room
 from vq_core.arch cimport (vq_copy, vq_fence, vq_prefetch, vq_prefetch_write, vq_put_u16, vq_put_u32, vq_put_u64,
                            vq_snapshot_u32, vq_snapshot_u64)
 from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t, chain_twin, twin_t
@@ -8,14 +9,15 @@ from vq_core.counters cimport DROP_DISABLED, DROP_MTU, DROP_NOT_CONNECTED, DROP_
 from vq_core.cursor cimport cursor_t
 from vq_core.dirty cimport dirty_mark, dirty_mark_fenced
 from vq_core.hold cimport hold_begin, hold_on
-from vq_core.memory cimport memory_translate_near, memory_translate_part, region_t
+from vq_core.iotlb cimport IOTLB_WRITE
+from vq_core.memory cimport memory_translate_near, region_t
 from vq_core.net cimport net_header_bytes
-from vq_core.port cimport BURST_MAX, endpoint_t, packet_t
+from vq_core.port cimport BURST_MAX, ROOM_PAUSES, endpoint_t, packet_t
 from vq_core.ports.vhost_pair cimport (BROKE, DONE, DROPPED, HEADER_MAX, HEADER_MIN, NO_ROOM, pair_id_is_wrong,
                                        pair_lost, pair_no_entries, pair_t)
-from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_LOOP,
-                            BROKEN_MEMORY_LOST, queue_break, queue_comes_alive, queue_publish, queue_suppress_kicks,
-                            queue_t)
+from vq_core.queue cimport (BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_LOOP, BROKEN_MEMORY_LOST,
+                            BROKEN_MISS, BROKEN_NOT, queue_absent, queue_break, queue_comes_alive, queue_fail,
+                            queue_pauses, queue_publish, queue_suppress_kicks, queue_t, queue_translate_part)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_is_full, ring_look, ring_more, ring_next_used, ring_prefetch,
                            ring_prefetch_used, ring_ready, ring_remember, ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_WRITE, gpa_t, has_feature, virtio_net_hdr_t,
@@ -92,36 +94,42 @@ cdef inline bint _reader_step(reader_t* reader) noexcept nogil:
 
 cdef int _write_part(queue_t* queue, virtq_desc_t* descriptor, reader_t* reader, uint64_t offset,
                      count_t* count) noexcept nogil:
-    """Fill one descriptor as far as the packet goes: bytes written, or -1 for an address outside memory.
+    """Fill one descriptor as far as the packet goes: bytes written, or -1 for an address without memory.
 
     `offset` counts the bytes of header and packet before it; where the two bytes of num_buffers (10 and 11) go is
     noted in `count`, since their value is known only at the end.
     """
-    cdef gpa_t addr = descriptor.addr
+    cdef gpa_t addr = descriptor.addr, guest_addr
     cdef uint64_t left = descriptor.len, part, piece, done = 0
     cdef uint8_t* host
     if addr + left < addr:
         return -1
     while left > 0 and _reader_step(reader):
-        host = memory_translate_part(queue.memory, &queue.hint, addr, left, &part)
+        host = queue_translate_part(queue, addr, left, IOTLB_WRITE, &part, &guest_addr)
         if host == NULL:
             return -1
         piece = part if part < reader.left else reader.left
         if offset + done <= 10 and offset + done + piece > 10:
             count.host[0] = host + (10 - offset - done)
-            count.addr[0] = addr + (10 - offset - done)
+            count.addr[0] = guest_addr + (10 - offset - done)
         if offset + done <= 11 and offset + done + piece > 11:
             count.host[1] = host + (11 - offset - done)
-            count.addr[1] = addr + (11 - offset - done)
+            count.addr[1] = guest_addr + (11 - offset - done)
         memcpy(host, reader.data, piece)
         if queue.log != NULL:
-            dirty_mark(queue.log, addr, piece)
+            dirty_mark(queue.log, guest_addr, piece)
         reader.data += piece
         reader.left -= <uint32_t>piece
         addr += piece
         left -= piece
         done += piece
     return <int>done
+
+
+cdef int _cannot(queue_t* queue, uint32_t cause, uint16_t head) noexcept nogil:
+    """Break the queue, or wait for a translation as one waits for room."""
+    queue_fail(queue, cause, head)
+    return NO_ROOM if cause == BROKEN_MISS else BROKE
 
 
 cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes, cursor_t* cursor,
@@ -183,13 +191,11 @@ cdef int _push_chain(queue_t* queue, packet_t* packet, uint32_t header_bytes, cu
             room = True
             part = _write_part(queue, &descriptor, &reader, written, &count)
             if part < 0:
-                queue_break(queue, BROKEN_ADDRESS, cursor.head)
-                return BROKE
+                return _cannot(queue, queue_absent(queue), cursor.head)
             in_chain += part
             written += part
         if step < 0 or chain_end(&chain, queue) < 0:
-            queue_break(queue, chain.broken, cursor.head)
-            return BROKE
+            return _cannot(queue, chain.broken, cursor.head)
         steps += chain.steps
         walked[0] += chain.steps
         if not room or steps > STEPS_PACKET:
@@ -240,7 +246,7 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
     ready = ring_begin(ring, packed, &cursor, count)
     if ready <= 0:
         pair_no_entries(queue, ready)
-        return 0 if queue.live else _push_refused(queue, packets, count)
+        return 0 if queue.broken == BROKEN_NOT else _push_refused(queue, packets, count)
     if pair_lost(queue):
         queue_break(queue, BROKEN_MEMORY_LOST, 0)
         return _push_refused(queue, packets, count)
@@ -339,7 +345,7 @@ cdef int vhost_push(endpoint_t* endpoint, packet_t* packets, int count) noexcept
     cdef pair_t* pair = <pair_t*>endpoint.port
     cdef queue_t* queue = pair.receiveq
     if not queue.live and not queue_comes_alive(queue):
-        return _push_refused(queue, packets, count)
+        return 0 if queue_pauses(queue) else _push_refused(queue, packets, count)
     if queue.ring.is_packed:
         return _push_live(pair, queue, True, HEADER_MAX, packets, count)
     if net_header_bytes(queue.features) == HEADER_MAX:
@@ -350,8 +356,12 @@ cdef int vhost_push(endpoint_t* endpoint, packet_t* packets, int count) noexcept
 cdef int vhost_room(endpoint_t* endpoint) noexcept nogil:
     cdef queue_t* queue = (<pair_t*>endpoint.port).receiveq
     cdef int ready
-    if not queue.live and not queue_comes_alive(queue):
-        return -1
+    if not queue.live:
+        if not queue_comes_alive(queue):
+            return ROOM_PAUSES if queue_pauses(queue) else -1
+        if queue.iotlb != NULL:
+            ready = ahead_room(queue)
+            return ROOM_PAUSES if ready == 0 and queue.ahead_missed else ready
     if hold_on(&queue.hold, &queue.ring, queue.ring.is_packed, BURST_MAX):
         return 0
     ready = ring_ready(&queue.ring, queue.ring.is_packed, ROOM_ENOUGH)
