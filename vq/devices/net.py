@@ -213,7 +213,8 @@ class ControlledNetDevice(NetDevice):
         self._came: NetState | None = None  # a state that waits for its features
         self._requests = ChainQueue(Queue(2 * pairs, "controlq", report_fd, peer=self.port.peer), COMMAND_MAX)
         self._order_queues()
-        features = self.offer.features | CONTROL_FEATURES
+        # The queue that the control thread serves knows of no IOMMU.
+        features = (self.offer.features | CONTROL_FEATURES) & ~v.mask(v.VIRTIO_F_ACCESS_PLATFORM)
         if mtu is None:
             features &= ~v.mask(v.VIRTIO_NET_F_MTU)  # its field would have to say something
         self.offer = Offer(
