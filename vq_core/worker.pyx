@@ -69,7 +69,7 @@ cdef inline int _patience(flow_t* flow, uint64_t now) noexcept nogil:
         if not flow.waiting:
             flow.waiting = True
             flow.waiting_since = now
-        if now - flow.waiting_since < (PAUSE_CYCLES if room == ROOM_PAUSES else PATIENCE_CYCLES):
+        if now - flow.waiting_since < <uint64_t>(PAUSE_CYCLES if room == ROOM_PAUSES else PATIENCE_CYCLES):
             return 0
         flow.tired = True
         flow.waiting = False
