@@ -27,6 +27,7 @@ DONE: Final = "done"
 REFUSED: Final = "refused cleanly"
 NOT_YET: Final = "not yet"
 UNOFFERED: Final = "done, not offered by net and blk"
+CONTROL: Final = "done, with control"
 
 FEATURES: Final = "any feature that is not offered"
 PROTOCOL_FEATURES: Final = "any protocol feature that is not offered"
@@ -50,6 +51,8 @@ Made by `scripts/protocol_coverage.py` from the message table, the offers of the
 | state | means |
 |---|---|
 | done | served or offered, and shown by the tests beside it |
+| done, with control | the same, of a network device that has a control queue (`vhost:PATH,control`); of others \
+refused |
 | done, not offered by net and blk | served for a device of yours that offers it, as in the tests; these two \
 have no use for it |
 | refused cleanly | not offered. Used nevertheless, it is nacked, or ends the connection where no answer could say no; \
@@ -154,13 +157,15 @@ def protocol_rows(tests: Mapping[str, list[Test]]) -> Iterator[Row]:
     yield _others(names, REFUSED, refused)
 
 
-def feature_rows(tests: Mapping[str, list[Test]], prefixes: tuple[str, ...], features: int) -> Iterator[Row]:
-    """Feature bits of a device that offers `features`, device-independent ones included."""
+def feature_rows(
+    tests: Mapping[str, list[Test]], prefixes: tuple[str, ...], features: int, control: int = 0
+) -> Iterator[Row]:
+    """Feature bits of a device that offers `features`, and `control` by an option, device-independent ones included."""
     refused = tuple(tests.get(FEATURES, ()))
     names = _named(prefixes) | _common()
     for bit, name in sorted(names.items()):
-        offered = v.has(features, bit)
-        yield Row(str(bit), name, "", DONE if offered else REFUSED, tuple(tests.get(name, ())) if offered else refused)
+        state = DONE if v.has(features, bit) else CONTROL if v.has(control, bit) else REFUSED
+        yield Row(str(bit), name, "", state, refused if state == REFUSED else tuple(tests.get(name, ())))
     yield _others(names, REFUSED, refused)
 
 
@@ -183,7 +188,7 @@ def tables() -> dict[str, list[Row]]:
         "Requests of the front-end": list(frontend_rows(tests)),
         "Requests of the back-end": list(backend_rows(tests)),
         "Protocol features": list(protocol_rows(tests)),
-        "Features of the network device": list(feature_rows(tests, NET, net.FEATURES)),
+        "Features of the network device": list(feature_rows(tests, NET, net.FEATURES, net.CONTROL_FEATURES)),
         "Features of the block device": list(feature_rows(tests, BLK, blk.FEATURES)),
     }
 

@@ -34,6 +34,7 @@ def test_print_capabilities(capsys: pytest.CaptureFixture[str]) -> None:
         (["--socket-path", "a", "--null", "1M", "--queues", "0"], "0 queues"),
         (["--socket-path", "a", "--blk-file", "/dev/null"], "neither a regular file"),
         (["--socket-path", "a", "--null", "1M", "--cpu", "x"], "--cpu"),
+        (["--socket-path", "a", "--null", "1M", "--serial", "é" * 11], "22 bytes; write at most 20"),
     ],
 )
 def test_wrong_usage(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +48,7 @@ def test_files_that_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["blk", "--socket-path", "a", "--blk-file", str(tmp_path / "empty")]) == 2
     text = capsys.readouterr().err
     assert "No such file" in text
+    assert "--read-only" not in text
     assert "truncate" in text
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Parameter
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from vq_core.disk import Disk
 
 __all__ = ["blk"]
+
+SERIAL_MAX: Final = 20  # bytes: VIRTIO_BLK_ID_BYTES
 
 
 def blk(
@@ -84,6 +88,8 @@ def blk(
     # print_capabilities was served before anything else was looked at; it stands here for the help.
     if (socket_path is None) == (fd is None):
         raise UsageError("name one of --socket-path PATH and --fd N")
+    if serial is not None and len(os.fsencode(serial)) > SERIAL_MAX:
+        raise UsageError(f"--serial {serial}: {len(os.fsencode(serial))} bytes; write at most {SERIAL_MAX}")
     inherited = None if fd is None else find_fd(fd)
     cpus = parse_cpus(cpu)
     logs.configure(verbose)
@@ -155,7 +161,8 @@ def _open(path: str | None, null: str | None, read_only: bool, direct: bool) -> 
     except ValueError as error:
         raise UsageError(str(error)) from error
     except OSError as error:
-        remedy = "" if read_only else "with --read-only it need not be writable"
+        refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        remedy = "with --read-only it need not be writable" if refused and not read_only else ""
         raise ResourceError("cannot open", errno=error.errno or 0, path=path, remedy=remedy) from error
     if disk.capacity == 0:
         disk.close()
