@@ -19,6 +19,7 @@ from vq.open_port import OpenPort, descriptors, open_port
 from vq.planner import Planner
 from vq.ports import PortSpec
 from vq.sub_burst import SUB_BURST, check_sub_burst
+from vq.waker import Waker
 from vq_core.worker import Worker
 
 __all__ = ["Pump"]
@@ -79,7 +80,7 @@ class Pump:
         ensure_open_files(sum(needed for needed, _ in counts), sum(wanted for _, wanted in counts))
         self.ports: list[OpenPort] = []
         self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._waker = Waker()
         self._report_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._replan = True
@@ -96,7 +97,7 @@ class Pump:
         try:
             for group in groups:
                 self._join(group)
-            for fd in (self._wake_fd, self._report_fd):
+            for fd in (self._waker.fileno(), self._report_fd):
                 self._epoll.register(fd, select.EPOLLIN)
         except BaseException:
             self.stop()
@@ -158,14 +159,13 @@ class Pump:
         for worker in self.workers:
             worker.close()
         self._epoll.close()
-        os.close(self._wake_fd)
+        self._waker.close()
         os.close(self._report_fd)
 
     def request_stop(self) -> None:
         """Make `run` return soon."""
         self._stopping = True
-        if not self._closed:
-            os.eventfd_write(self._wake_fd, 1)
+        self._waker.wake()
 
     def __enter__(self) -> Self:
         self.start()

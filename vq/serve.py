@@ -11,6 +11,7 @@ from vq.backend import Backend
 from vq.closing import Closing
 from vq.device import Device
 from vq.errors import UsageError
+from vq.waker import Waker
 
 __all__ = ["Server"]
 
@@ -50,11 +51,11 @@ class Server(Closing):
         self._closed = False
         self._calls: list[Callable[[], object]] = []
         self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._waker = Waker()
         try:
             self.device.start()
             self.backend = Backend(device, path=path, client=client, fd=fd, mode=mode)
-            for watched in (self._wake_fd, self.backend.fileno(), device.report_fd):
+            for watched in (self._waker.fileno(), self.backend.fileno(), device.report_fd):
                 if watched is not None:
                     self._epoll.register(watched, select.EPOLLIN)
         except BaseException:
@@ -69,7 +70,7 @@ class Server(Closing):
         self.disconnect()
         self.device.close()
         self._epoll.close()
-        os.close(self._wake_fd)
+        self._waker.close()
 
     def disconnect(self) -> None:
         """End the connection and stop listening; the device is still there."""
@@ -79,16 +80,12 @@ class Server(Closing):
     def request_stop(self) -> None:
         """Make `run` return soon."""
         self._stopping = True
-        self._wake()
+        self._waker.wake()
 
     def call(self, action: Callable[[], object]) -> None:
         """Have `run` call this in the control thread, soon."""
         self._calls.append(action)
-        self._wake()
-
-    def _wake(self) -> None:
-        if not self._closed:
-            os.eventfd_write(self._wake_fd, 1)
+        self._waker.wake()
 
     def run(
         self,
