@@ -75,7 +75,8 @@ class Backend(Closing):
     Raises
     ------
     UsageError
-        Not exactly one of `path` and `fd` is given, or `fd` is no Unix stream socket.
+        Not exactly one of `path` and `fd` is given, or `fd` is no Unix stream socket; or the device offers an IOMMU
+        that its queues would not heed.
     ResourceError
         The socket cannot be made: it is in use, there is no permission, the path is too long.
 
@@ -97,6 +98,9 @@ class Backend(Closing):
     ) -> None:
         if (path is None) == (fd is None):
             raise UsageError("a back-end needs either a socket path or an inherited descriptor")
+        if device.requests_fd is not None and v.has(device.offer.features, v.VIRTIO_F_ACCESS_PLATFORM):
+            reason = "queues that no worker serves (requests_fd) know of no IOMMU; leave ACCESS_PLATFORM out"
+            raise UsageError(f"device {device.name}: {reason}")
         self.device = device
         self.path = path if path is not None else f"fd {fd}"
         self.connections = 0

@@ -18,8 +18,9 @@ import pytest
 
 from pump_rig import USUAL, Guest, mapped
 from vhost_rig import open_fds
+from vq import virtio as v
 from vq.backend import Backend
-from vq.devices.net import NetDevice
+from vq.devices.net import ControlledNetDevice, NetDevice
 from vq.endpoint import listen
 from vq.errors import BackendError, ConnectionClosed, ResourceError, UsageError
 from vq.frontend import Frontend
@@ -248,3 +249,20 @@ def test_the_same_mistake_again_and_again_is_told_once_in_a_while(
         backend.warn("one")
     said = [record.getMessage().partition("error=")[2] for record in caplog.records]
     assert said == ["'one'", "'another' unsaid=2", "'one'", "'one'"]
+
+
+def test_an_iommu_that_its_queues_would_not_heed_is_not_offered(path: str) -> None:
+    """Before anything listens; a device of ours whose control queue the control thread serves does not offer it."""
+    device = NetDevice("net")
+    device.requests_fd = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        with pytest.raises(UsageError, match="device net: queues that no worker serves"):
+            Backend(device, path=path)
+        assert not os.path.exists(path)
+    finally:
+        os.close(device.requests_fd)
+        device.close()
+    controlled = ControlledNetDevice("controlled")
+    assert not v.has(controlled.offer.features, v.VIRTIO_F_ACCESS_PLATFORM)
+    Backend(controlled, path=path).close()
+    controlled.close()
