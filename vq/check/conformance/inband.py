@@ -10,6 +10,7 @@ from vq.check.outcome import Failed
 from vq.check.registry import check
 from vq.check.target import Target
 from vq.message import BackendRequest, Message
+from vq_core.driver import DriverQueue
 
 INBAND = (v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,)
 PROTOCOL = BASIC_PROTOCOL | v.mask(*INBAND, v.VHOST_USER_PROTOCOL_F_BACKEND_REQ)
@@ -30,16 +31,21 @@ def kick_and_call(target: Target) -> None:
         _start(guest)
         queue = guest.queues[1]
         for number in range(3):
-            calls.clear()
             queue.arm()
             queue.add([bytes(12) + bytes([number]) * 60])
             queue.publish()
             guest.frontend.kick_ring(1)
-            if not guest.frontend.serve(lambda: 1 in calls):
-                raise Failed("no VRING_CALL came for the transmitq")
-            if len(queue.poll()) != 1:
-                raise Failed("VRING_CALL came, and no used buffer")
+            if not guest.frontend.serve(lambda: _used(calls, queue)):
+                raise Failed("no VRING_CALL came for a used buffer of the transmitq")
         guest.stop_all()
+
+
+def _used(calls: list[int], queue: DriverQueue) -> bool:
+    """Look into the transmitq if it was called; one call too many does no harm."""
+    if 1 not in calls:
+        return False
+    calls.clear()
+    return len(queue.poll()) == 1
 
 
 @check(SECTION, protocol=INBAND)
