@@ -176,6 +176,7 @@ def frame(number: int, size: int = 96) -> bytes:
 
 def poll_ring(guest: Guest, index: int) -> list[tuple[Buffer, int]]:
     """Take what a ring's device has used; it keeps the rules of the ring or the check fails."""
+    guest.attend()
     try:
         return guest.queues[index].poll()
     except BrokenRingError as problem:

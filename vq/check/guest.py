@@ -144,6 +144,9 @@ class Guest(Closing):
         """Stop all rings; gives their bases."""
         return [self.frontend.stop_ring(index) for index in range(len(self.queues))]
 
+    def attend(self) -> None:
+        """Serve what the back-end asks, whenever its work is awaited; without a channel there is nothing."""
+
     def kick(self, index: int) -> None:
         """Kick, whether or not the device asks for it."""
         signal(self.queues[index].kick_fd)

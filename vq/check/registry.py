@@ -25,11 +25,11 @@ Function = Callable[["Target"], str | None]
 ROOMS: Final = {
     Group.CONFORMANCE: (
         "framing", "features", "acks", "queues", "memory", "slots", "postcopy", "rings", "states", "notify", "status",
-        "reset", "config", "log", "inflight", "inband", "state", "sharing", "net", "blk",
+        "reset", "config", "log", "iotlb", "inflight", "inband", "state", "sharing", "net", "blk",
     ),
     Group.HOSTILE: (
         "framing", "fds", "values", "regions", "placement", "avail", "chains", "indirect", "packed", "net", "blk",
-        "life", "truncated",
+        "iotlb", "life", "truncated",
     ),
 }  # fmt: skip
 
