@@ -10,7 +10,6 @@ from pathlib import Path
 
 import vq
 from vq import virtio
-from vq.offer import Offer
 from vq_core.queue import Queue
 
 FEATURES = virtio.mask(virtio.VIRTIO_F_VERSION_1, virtio.VHOST_USER_F_PROTOCOL_FEATURES)
@@ -24,7 +23,7 @@ class Notebook(vq.Device):
         self.name = "notebook"
         self.text = text
         self.queues = [Queue(0, "queue0")]
-        self.offer = Offer(FEATURES, PROTOCOL, queue_count=1, queue_num_answer=1)
+        self.offer = vq.Offer(FEATURES, PROTOCOL, queue_count=1, queue_num_answer=1)
 
     def save_state(self) -> bytes:
         return self.text.encode()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         VqError,
     )
     from vq.frontend import Frontend
+    from vq.offer import Offer
     from vq.ports import PortSpec, parse_port, parse_ports
     from vq.pump import Pump
     from vq.serve import Server
@@ -40,6 +41,7 @@ __all__ = [
     "Frontend",
     "FrontendError",
     "GuestError",
+    "Offer",
     "PeerError",
     "PortSpec",
     "Pump",
@@ -70,6 +72,7 @@ _ROOMS: Final = {
         "VqError",
     ),
     "vq.frontend": ("Frontend",),
+    "vq.offer": ("Offer",),
     "vq.ports": ("PortSpec", "parse_port", "parse_ports"),
     "vq.pump": ("Pump",),
     "vq.serve": ("Server",),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,7 +113,12 @@ def test_named_files_and_links_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "part"), [(["generate.py", "0.1"], "1518 bytes"), (["echo.py", "1.2"], "listening: 0 packets came")]
+    ("words", "part"),
+    [
+        (["generate.py", "0.1"], "1518 bytes"),
+        (["echo.py", "1.2"], "listening: 0 packets came"),
+        (["device.py"], "remember the milk"),
+    ],
 )
 def test_examples_run(words: list[str], part: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / words[0]), *words[1:]]
@@ -161,3 +167,34 @@ def test_the_example_that_asks_gets_an_answer(tmp_path: Path) -> None:
             serving.join()
     assert done.returncode == 0, done.stderr
     assert "MRG_RXBUF" in done.stdout.split()
+
+
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_the_example_of_an_entropy_source_fills_buffers(layout: str, tmp_path: Path) -> None:
+    from channel_rig import FEATURES, Peer
+    from vq import virtio as v
+    from waiting import wait_for
+
+    path = str(tmp_path / "a.sock")
+    with subprocess.Popen([sys.executable, str(ROOT / "examples/entropy.py"), path]) as child:
+        wait_for(lambda: Path(path).exists(), 20)
+        features = FEATURES if layout == "packed" else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
+        protocol = v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK)
+        peer = Peer(path, features=features, protocol=protocol, queues=1)
+        try:
+            peer.start()
+            driver = peer.drivers[0]
+            assert driver.layout == layout
+            seen = set()
+            for _ in range(20):
+                token = driver.add([], [64])
+                driver.kick()
+                done: list[Any] = []
+                wait_for(lambda done=done: done.extend(driver.poll()) or done)
+                assert [(token is given, length) for given, length in done] == [(True, 64)]
+                seen.add(token.written(64))
+            assert len(seen) == 20
+        finally:
+            peer.close()
+            child.send_signal(signal.SIGTERM)
+    assert child.returncode == 0
