@@ -1,6 +1,7 @@
 """A device that is served in Python: an entropy source (virtio-rng) for a guest: python examples/entropy.py SOCKET.
 
-QEMU: -chardev socket,id=c0,path=SOCKET -device vhost-user-rng-pci,chardev=c0, with memory that is shared as for vq pump.
+QEMU, started after it: -chardev socket,id=c0,path=SOCKET -device vhost-user-rng-pci,chardev=c0
+and memory that is shared, as for vq pump.
 """
 
 from __future__ import annotations
