@@ -643,7 +643,7 @@ class Back(RuleBasedStateMachine):
         assert mappings() == expected
 
 
-# The first is drawn now and then, since it needs a back-end channel; with the second ring addresses mean something else,
+# The first is drawn now and then, since it needs a back-end channel; with the second ring addresses mean another thing,
 # as they do with an IOMMU.
 LEFT_OUT = v.mask(v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS, v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES)
 UNFORESEEN = v.mask(v.VIRTIO_F_ACCESS_PLATFORM)
