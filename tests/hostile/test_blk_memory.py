@@ -114,12 +114,39 @@ def test_data_is_taken_away(guest: DiskGuest, lost: LoseableMemory, kind: int, s
 @pytest.mark.checklist(11)
 @every_layout
 @every_size
+@pytest.mark.parametrize("lost", ["pages"], indirect=True)
 def test_data_is_taken_away_under_requests(guest: DiskGuest, lost: LoseableMemory, size: int) -> None:
     """Line 11: the same in the middle of many of them."""
+    truncate_under_requests(guest, lost, size)
+
+
+def truncate_under_requests(guest: DiskGuest, lost: LoseableMemory, size: int) -> None:
     send(guest, [header(IN, 0)], [(DATA, size), 1], 20)
     lost.truncate()
     time.sleep(0.002)
     send(guest, [header(IN, 0)], [(DATA, size), 1])
+
+
+@pytest.mark.checklist(11)
+@every_layout
+@every_size
+@pytest.mark.parametrize("lost", ["huge pages"], indirect=True)
+def test_a_huge_page_is_taken_away_under_requests(
+    program: BlkProgram, lost: LoseableMemory, size: int, layout: int
+) -> None:
+    """Line 11: the connection ends, or all is done: Linux may leave us a huge page that is used in that very moment."""
+    with program.connect(layout) as guest:
+        guest.frontend.add_region(lost.region, lost.fd)
+        truncate_under_requests(guest, lost, size)
+        done = []
+
+        def over() -> bool:
+            done.extend(guest.driver.poll())
+            return len(done) == 21 or guest.frontend.wait_closed(0.05)
+
+        wait_until("requests are done, or the connection ends", over, 10)
+    program.shared_maps_are_gone()
+    program.serves(layout)
 
 
 @pytest.mark.checklist(11)
