@@ -188,7 +188,7 @@ def test_readable_after_writable(split_guest: BlkGuest) -> None:
 @pytest.mark.checklist(39)
 @every_layout
 def test_a_request_in_flight_is_made_available_again(tmp_path: Path, layout: int) -> None:
-    """With an in-flight region the ring is broken by it: a request is recorded once."""
+    """Line 39: with an in-flight region the ring is broken by it: a request is recorded once."""
     make_file(tmp_path / "disk.img")
     with (
         InflightFile(layout, size=64) as region,
