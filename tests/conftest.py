@@ -16,6 +16,7 @@ MARKERS = {
     "interop": "drives the pump with a real front-end; slow, needs the peers of scripts/setup-peers.sh",
     "guest": "boots at least one QEMU guest",
     "dpdk": "runs DPDK's testpmd as front-end",
+    "checklist": "names the lines of the security checklist (protocol section 11) that the test is about",
     "shows": "names the messages and feature bits of which the test shows something; for docs/protocol-coverage.md",
 }
 

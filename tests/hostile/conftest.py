@@ -15,11 +15,6 @@ from hostile.process import Host, Neighbour, wait_until
 from hostile.rings import LAYOUTS
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker of this folder."""
-    config.addinivalue_line("markers", "checklist(*lines): lines of the security checklist that the test is about")
-
-
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """The process under attack, one a file of tests."""

@@ -476,6 +476,7 @@ def test_a_guest_is_asked_to_announce_itself(paths: list[str]) -> None:
 
 
 @every_layout
+@pytest.mark.checklist(40)
 def test_a_command_without_room_for_its_ack_breaks_its_ring_alone(paths: list[str], pump: Pump, layout: int) -> None:
     with ControlGuest(paths[0], CONTROL | layout) as guest, Guest(paths[1], CONTROL | layout) as other:
         guest.ask(mode("promisc", False), room=0)
@@ -491,6 +492,7 @@ def test_a_command_without_room_for_its_ack_breaks_its_ring_alone(paths: list[st
 
 
 @every_layout
+@pytest.mark.checklist(40)
 def test_commands_in_any_pieces(paths: list[str], pump: Pump, layout: int) -> None:
     command = mac_table([OTHER], [])
     features = CONTROL | layout | v.mask(v.VIRTIO_F_INDIRECT_DESC)
@@ -510,6 +512,7 @@ def test_commands_in_any_pieces(paths: list[str], pump: Pump, layout: int) -> No
             assert [answer.written(length) for answer, length in guest.control.poll()] == [ERR]
 
 
+@pytest.mark.checklist(40, 43)
 def test_a_flood_of_commands_delays_nobody_else(paths: list[str], pump: Pump) -> None:
     with ControlGuest(paths[0], pairs=2) as guest, Guest(paths[1], CONTROL) as other:
         stop = threading.Event()

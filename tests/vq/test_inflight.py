@@ -122,6 +122,7 @@ def guest_on(tmp_path: Path, features: int) -> Iterator[Guest]:
 
 @pytest.mark.shows("GET_INFLIGHT_FD", "VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD")
 @every_layout
+@pytest.mark.checklist(14)
 def test_region_is_made_as_large_as_it_must_be(tmp_path: Path, layout: int) -> None:
     """It is all zero and keeps its size; asked for a thousand times, nothing of it stays with the back-end."""
     with guest_on(tmp_path, layout) as guest:
@@ -137,6 +138,7 @@ def test_region_is_made_as_large_as_it_must_be(tmp_path: Path, layout: int) -> N
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.checklist(14)
 def test_region_of_no_good_shape_is_not_made(tmp_path: Path) -> None:
     with guest_on(tmp_path, VERSION_1) as guest:
         for queues, size in ((0, 64), (2, 64), (65535, 64), (1, 0), (1, 32769), (65535, 65535)):
@@ -148,6 +150,7 @@ def test_region_of_no_good_shape_is_not_made(tmp_path: Path) -> None:
 
 @pytest.mark.shows("SET_INFLIGHT_FD", "VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD")
 @every_layout
+@pytest.mark.checklist(13)
 def test_region_that_does_not_fit_is_refused(tmp_path: Path, layout: int) -> None:
     """And the back-end goes on without; a region that fits is taken afterwards."""
     with guest_on(tmp_path, layout) as guest:
@@ -175,6 +178,7 @@ def test_region_that_does_not_fit_is_refused(tmp_path: Path, layout: int) -> Non
         os.close(fd)
 
 
+@pytest.mark.checklist(13)
 def test_region_with_fewer_entries_than_the_ring(tmp_path: Path) -> None:
     with guest_on(tmp_path, VERSION_1) as guest:
         guest.frontend.set_inflight(*(region := guest.frontend.get_inflight(1, SIZE // 2)))
@@ -249,6 +253,7 @@ def test_reset_device_forgets_the_region(tmp_path: Path, layout: int) -> None:
 
 
 @every_layout
+@pytest.mark.checklist(13)
 def test_region_that_contradicts_itself_starts_no_ring(tmp_path: Path, layout: int) -> None:
     with guest_on(tmp_path, layout) as guest:
         guest.ask_region()
@@ -263,6 +268,7 @@ def test_region_that_contradicts_itself_starts_no_ring(tmp_path: Path, layout: i
 
 
 @every_layout
+@pytest.mark.checklist(11, 13)
 def test_region_that_is_truncated_ends_the_connection(tmp_path: Path, layout: int) -> None:
     with guest_on(tmp_path, layout) as guest:
         fd = os.memfd_create("region")

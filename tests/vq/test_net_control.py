@@ -134,6 +134,7 @@ def test_what_was_not_negotiated_is_refused() -> None:
         (vlan(1) + bytes(COMMAND_MAX), "at most 4096"),
     ],
 )
+@pytest.mark.checklist(40)
 def test_wrong_commands_change_nothing(command: bytes, why: str) -> None:
     refuses(control(), command, why)
 
@@ -216,6 +217,7 @@ commands = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(commands, max_size=20))
+@pytest.mark.checklist(40)
 def test_any_commands_keep_the_state_in_order(sent: list[bytes]) -> None:
     target = control()
     for command in sent:

@@ -67,7 +67,7 @@ def prepare(Queue queue, InflightRegion region, MemoryMap memory, int num, tuple
     global tracking, prepared
     memset(&change, 0, sizeof(change))
     prepared = queue
-    queue._resolve(&change, memory, num, addresses, features)
+    queue._resolve(&change, memory, None, num, addresses, features)
     change.wanted.ring.num = num
     if change.wanted.ring.is_packed:
         queue._begin_packed(&change.wanted, num, base, features, False)

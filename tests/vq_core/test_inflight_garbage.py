@@ -123,12 +123,14 @@ def believe(hand: ModuleType, image: Path, memory: GuestMemory, layout: int, reg
 
 @many
 @given(region=split_regions())
+@pytest.mark.checklist(13)
 def test_split(blk_hand: ModuleType, image: Path, memory: GuestMemory, region: bytes) -> None:
     believe(blk_hand, image, memory, 1 << 32, region)
 
 
 @many
 @given(region=packed_regions())
+@pytest.mark.checklist(13)
 def test_packed(blk_hand: ModuleType, image: Path, memory: GuestMemory, region: bytes) -> None:
     believe(blk_hand, image, memory, PACKED, region)
 
@@ -136,6 +138,7 @@ def test_packed(blk_hand: ModuleType, image: Path, memory: GuestMemory, region: 
 @every_layout
 @many
 @given(data=st.binary(min_size=600, max_size=600))
+@pytest.mark.checklist(13)
 def test_bytes(blk_hand: ModuleType, image: Path, memory: GuestMemory, layout: int, data: bytes) -> None:
     """Any bytes at all, with the version that has them read."""
     size = reference.packed_size(SIZE) if layout & RING_PACKED else reference.split_size(SIZE)
