@@ -24,8 +24,9 @@ from blk_rig import FLUSH, header
 from vhost_rig import open_fds
 from vq import virtio as v
 from vq.errors import ResourceError
+from vq.handle_iotlb import IOTLB_UPDATE
 from vq.message import FRONTEND_REQUESTS, Fds, Message, Request, fds_allowed
-from vq.payload import VRING_INDEX_MASK, Log, Region, VringAddr, VringState
+from vq.payload import VRING_INDEX_MASK, Iotlb, Log, Region, VringAddr, VringState
 from vq.postcopy import check_userfault
 from vq.session import TRANSITIONS, Silent
 from vq_core.driver import DriverQueue
@@ -339,6 +340,9 @@ class Back(RuleBasedStateMachine):
     def do_set_protocol_features(self, features: int, *_: object) -> None:
         self.protocol = features
 
+    def do_iotlb_msg(self, *_: object) -> None:
+        """Whatever was said of translations, `use` says anew."""
+
     def do_set_vring_num(self, state: VringState, *_: object) -> None:
         self.rings[state.ring].num = state.num
 
@@ -479,23 +483,27 @@ class Back(RuleBasedStateMachine):
     def give_log(self) -> None:
         self.say(R.SET_LOG_BASE, Log(m.FILE_BYTES, 0), ("log",))
 
-    @rule(packed=st.booleans(), more=st.sets(st.integers(0, 63), max_size=3), first=st.integers(0, 1))
+    @rule(
+        packed=st.booleans(), iommu=st.booleans(), more=st.sets(st.integers(0, 63), max_size=3), first=st.integers(0, 1)
+    )
     @precondition(lambda self: self.connected() and not self.tainted)
-    def start_properly(self, packed: bool, more: set[int], first: int) -> None:
+    def start_properly(self, packed: bool, iommu: bool, more: set[int], first: int) -> None:
         """Start all rings of a request or of a pair, as a driver does; a pair of the network in either order."""
         if not self.protocol & PROTOCOL_ACK:
             self.negotiate()
         if any(ring.started for ring in self.rings):
             return
-        wanted = (m.SPLIT | v.mask(*more)) & self.hosted.device.offer.features & ~UNFORESEEN & ~PACKED
-        assert self.say(R.SET_FEATURES, wanted | (PACKED if packed else 0)) == "done"
+        offered = self.hosted.device.offer.features
+        wanted = (m.SPLIT | v.mask(*more)) & offered & ~IOMMU & ~PACKED
+        wanted |= (PACKED if packed else 0) | (IOMMU & offered if iommu else 0)
+        assert self.say(R.SET_FEATURES, wanted) == "done"
         if not self.has_good_memory():
             self.share()
         for index in self.used_rings()[:: -1 if first else 1]:
             ring = self.rings[index]
             ring.driver = None
             driver = DriverQueue(self.memory, 16, features=self.features)
-            desc, avail, used = driver.addresses
+            desc, avail, used = driver.guest_addresses if self.features & IOMMU else driver.addresses
             assert self.say(R.SET_VRING_NUM, VringState(index, 16)) == "done"
             assert self.say(R.SET_VRING_BASE, VringState(index, 0x8000 if packed else 0)) == "done"
             assert self.say(R.SET_VRING_ADDR, VringAddr(index, 0, desc, used, avail, 0)) == "done"
@@ -531,6 +539,9 @@ class Back(RuleBasedStateMachine):
     def use(self) -> None:
         """Something moves over the rings and is right."""
         self.step_began = time.monotonic()
+        if self.features & IOMMU:  # what the driver knows as guest addresses are I/O virtual
+            everything = Iotlb(self.good.guest_addr, self.good.size, self.good.user_addr, 3, IOTLB_UPDATE)
+            assert self.say(R.IOTLB_MSG, everything) == "done"
         drivers = [ring.driver for ring in self.rings if ring.driver is not None]
         if self.kind != "blk":
             receiveq, transmitq = drivers
@@ -643,10 +654,9 @@ class Back(RuleBasedStateMachine):
         assert mappings() == expected
 
 
-# The first is drawn now and then, since it needs a back-end channel; with the second ring addresses mean another thing,
-# as they do with an IOMMU.
+# The first is drawn now and then, since it needs a back-end channel; the second is another meaning of ring addresses.
 LEFT_OUT = v.mask(v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS, v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES)
-UNFORESEEN = v.mask(v.VIRTIO_F_ACCESS_PLATFORM)
+IOMMU = v.mask(v.VIRTIO_F_ACCESS_PLATFORM)
 
 
 class NetBack(Back):
