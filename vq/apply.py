@@ -87,8 +87,8 @@ class Applier:
         try:
             return self._table[type(effect)](self, effect)
         except ValueError as error:
-            # What vq_core refuses is what the front-end sent; the session adds which message it was.
-            raise FrontendError(type(effect).__name__, "value", error, "see the message") from error
+            # What vq_core refuses is what the front-end sent.
+            raise FrontendError(type(effect).__name__, "content", "refused", str(error)) from error
 
     def close(self) -> None:
         """Release what only this connection needed; the session has been closed before."""
