@@ -27,6 +27,7 @@ from vq.message import FDS_MAX, FRONTEND, HEADER, Header, Message, Table, close_
 from vq.reaper import close_fd, close_socket
 
 SEND_BUFFER_MAX: Final = 64 * 1024
+SEND_FDS_MAX: Final = 16  # that wait with it: each takes one of those that all connections share
 _SO_PASSSEC: Final = 34
 _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
 _FD_SIZE: Final = array.array("i").itemsize
@@ -179,7 +180,7 @@ class Connection:
         Raises
         ------
         FrontendError, BackendError
-            The peer has left SEND_BUFFER_MAX bytes unread: it does not read its replies.
+            The peer has left SEND_BUFFER_MAX bytes or SEND_FDS_MAX fds unread: it does not read its replies.
         ConnectionClosed
             The peer is gone.
         """
@@ -194,6 +195,10 @@ class Connection:
             value = f"{self._unsent_bytes + len(rest)} bytes"
             limit = f"a peer may leave {SEND_BUFFER_MAX} bytes unread"
             raise self._error("messages to it", "unread", value, limit, fatal=True)
+        waiting = sum(len(some) for _, some in self._unsent) + len(fds) if fds else 0
+        if waiting > SEND_FDS_MAX:
+            limit = f"a peer may leave {SEND_FDS_MAX} unread"
+            raise self._error("messages to it", "unread descriptors", waiting, limit, fatal=True)
         self._unsent.append((rest, [os.dup(fd) for fd in fds]))
         self._unsent_bytes += len(rest)
 

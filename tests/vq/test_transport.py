@@ -16,7 +16,7 @@ import pytest
 from vhost_rig import memfd, open_fds, raw
 from vq.errors import BackendError, ConnectionClosed, FrontendError, VqError
 from vq.message import FDS_MAX, HEADER, Message, Request, encode_ack, encode_request
-from vq.transport import SEND_BUFFER_MAX, Connection
+from vq.transport import SEND_BUFFER_MAX, SEND_FDS_MAX, Connection
 
 SET_FEATURES = encode_request(Request.SET_FEATURES, 0x1234)
 GET_FEATURES = encode_request(Request.GET_FEATURES)
@@ -303,6 +303,22 @@ def test_peer_that_does_not_read_is_given_up(pair: Pair) -> None:
     with pytest.raises(FrontendError, match="unread") as caught:
         ours.send(ack * 2)
     assert caught.value.fatal
+
+
+def test_few_fds_wait_for_a_peer_that_does_not_read(pair: Pair) -> None:
+    """Each takes one of those that all connections share."""
+    ours, _ = pair
+    fill(ours)
+    before = open_fds()
+    fd = memfd()
+    for _ in range(SEND_FDS_MAX):
+        ours.send(encode_ack(Request.GET_INFLIGHT_FD, failed=False), [fd])
+        ours.send(encode_ack(Request.SET_FEATURES, failed=False))
+    with pytest.raises(FrontendError, match="unread descriptors") as caught:
+        ours.send(encode_ack(Request.GET_INFLIGHT_FD, failed=False), [fd])
+    assert caught.value.fatal
+    os.close(fd)
+    assert len(open_fds()) == len(before) + SEND_FDS_MAX
 
 
 def test_rest_is_sent_when_the_peer_reads(pair: Pair) -> None:
