@@ -100,6 +100,8 @@ class RequestQueue:
 
     Raises
     ------
+    FrontendError
+        It is no Unix stream socket.
     OSError
         There is no room for more descriptors.
 
@@ -110,6 +112,9 @@ class RequestQueue:
     """
 
     def __init__(self, fd: int, held: Callable[[], bool] = lambda: False) -> None:
+        if not is_unix_stream(fd):
+            limit = "the back-end channel is a Unix stream socket"
+            raise FrontendError("SET_BACKEND_REQ_FD", "fd", "another socket", limit)
         self._held = held
         self._waiting: list[_Entry] = []
         self._asked: _Entry | None = None
@@ -325,3 +330,14 @@ class RequestQueue:
             entry.finish(
                 ResourceError(f"{entry.request.name} was not sent: an answer is missing since {ANSWER_S:.0f} s")
             )
+
+
+def is_unix_stream(fd: int) -> bool:
+    """Tell whether a socket is one; others may announce errors again and again that reading does not take away."""
+    # The family is given, so that it is not asked for in a way that some sockets do not answer.
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
+    try:
+        found = [probe.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_DOMAIN, socket.SO_TYPE)]
+    finally:
+        probe.detach()
+    return found == [socket.AF_UNIX, socket.SOCK_STREAM]

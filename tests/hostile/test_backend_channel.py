@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from channel_rig import ChannelDevice, Hosted, Outcome, Peer, RawBackend, RawChannel
+from vhost_rig import open_fds
 from vq.errors import BackendError, ResourceError
 from vq.message import BackendRequest, Message, Request
 from vq.payload import VringState
@@ -205,3 +206,23 @@ def test_front_end_does_not_keep_answers_for_a_back_end_that_never_reads(hosted:
         flood()
     assert back.server.closed
     assert peer.frontend.queue_num() == 2
+
+
+@pytest.mark.checklist(19, 5)
+def test_only_a_unix_stream_socket_is_a_channel(hosted: Hosted, peer: Peer) -> None:
+    """Lines 5 and 19: others can say for ever that there is an error, which would wake the control thread for ever."""
+    kinds = [
+        (socket.AF_INET, socket.SOCK_DGRAM),
+        (socket.AF_INET, socket.SOCK_STREAM),
+        (socket.AF_UNIX, socket.SOCK_DGRAM),
+        (socket.AF_UNIX, socket.SOCK_SEQPACKET),
+        (socket.AF_NETLINK, socket.SOCK_RAW),
+    ]
+    before = open_fds()
+    for family, kind in kinds:
+        with socket.socket(family, kind) as sock, pytest.raises(BackendError, match="refused"):
+            peer.frontend.request(Request.SET_BACKEND_REQ_FD, None, [sock.fileno()])
+    wait_for(lambda: open_fds() == before)
+    raw = RawChannel(peer)
+    assert raw.silent()
+    raw.close()
