@@ -23,6 +23,7 @@ __all__ = ["Translation"]
 
 OPEN_MAX: Final = 64  # questions that wait for an answer: so many always fit into the channel's socket
 PATIENCE_S: Final = 2.0  # until an unanswered question may be asked again
+PAGES_MAX: Final = 16  # of one ring that are asked for at once; each message looks at all rings that lack some
 READ: Final = 1
 
 
@@ -154,8 +155,13 @@ class Translation:
             yield ring.log_guest_addr, self._log_bytes(ring), READ
 
     def _lacking(self, ring: e.RingConfig) -> list[tuple[int, int]]:
-        parts = self._parts(ring)
-        return [(iova, perm) for start, size, perm in parts for iova in self.iotlb.lacking(start, size, perm)]
+        """Address and permission of pages that are not mapped, as many as are worth asking for now."""
+        found: list[tuple[int, int]] = []
+        for start, size, perm in self._parts(ring):
+            found += [(iova, perm) for iova in self.iotlb.lacking(start, size, perm, PAGES_MAX - len(found))]
+            if len(found) == PAGES_MAX:
+                break
+        return found
 
     @staticmethod
     def _log_bytes(ring: e.RingConfig) -> int:

@@ -306,12 +306,13 @@ cdef class Iotlb:
             done += part
         return start
 
-    def lacking(self, iova_t iova, uint64_t length, uint32_t perm):
-        """list of int: where something of [iova, iova + length) is missing, an address for each page."""
+    def lacking(self, iova_t iova, uint64_t length, uint32_t perm, int most=MISSES_MAX):
+        """list of int: where something of [iova, iova + length) is missing, an address for each page, `most` of them.
+        """
         cdef uint64_t part, done = 0
         cdef gpa_t guest_addr
         found = []
-        while done < length and iova + done >= iova:
+        while done < length and iova + done >= iova and len(found) < most:
             if iotlb_translate_part(self.iotlb.view, iova + done, length - done, perm, &part, &guest_addr) == NULL:
                 found.append(iova + done)
                 part = IOTLB_PAGE - (iova + done) % IOTLB_PAGE

@@ -729,7 +729,7 @@ cdef class Queue:
         cdef packed_t* packed
         if not self.queue.started:
             return False
-        if self._memory.may_block:
+        if self._memory is not None and self._memory.may_block:
             return True          # nothing can be said without a look at it
         if self.queue.ring.is_packed:
             packed = &self.queue.ring.packed

@@ -17,6 +17,7 @@ from vq.errors import BackendError
 from vq.iommu import PAGE, READ, WRITE
 from vq.message import Request
 from vq.pump import Pump
+from vq.translation import PAGES_MAX
 from waiting import wait_for
 
 
@@ -277,3 +278,27 @@ def test_without_the_feature_there_is_nothing_to_translate(path: str, pump: Pump
         guest.start()
         echo(guest, b"on again")
         assert guest.frontend.request(Request.GET_FEATURES) == guest.frontend.offered_features
+
+
+def test_a_ring_asks_for_some_of_its_pages_at_once(path: str, pump: Pump) -> None:
+    """Each message looks at all rings that lack something: a large one must not make that long."""
+    with IommuGuest(path, size=32768, mapped=False, start=False) as guest:
+        guest.iommu.answering = False
+        guest.frontend.start_ring(guest.ring(0))
+        guest.serve(lambda: len(guest.iommu.missed) >= PAGES_MAX)
+        assert not guest.frontend.serve(lambda: len(guest.iommu.missed) > PAGES_MAX, 0.1)
+        guest.iommu.answering = True
+        guest.iommu.missed.clear()
+        guest.map_all()
+        queue = next(iter(pump._by_fd.values())).device.queues[0]
+        guest.serve(lambda: queue.mapped)
+
+
+def test_posted_is_known_behind_an_iommu(path: str, pump: Pump) -> None:
+    """A guest that posts no buffer is told of in the same way with an IOMMU as without."""
+    with IommuGuest(path) as guest:
+        queue = next(iter(pump._by_fd.values())).device.queues[0]
+        guest.serve(lambda: queue.mapped)
+        assert not queue.posted
+        guest.post(1500)
+        assert queue.posted
