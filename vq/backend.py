@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from vq import virtio as v
@@ -36,6 +36,7 @@ __all__ = ["Backend"]
 logger = logging.getLogger(__name__)
 
 MESSAGES_MAX: Final = 64  # served in one go, so that one front-end's flood does not delay the others
+SERVE_S: Final = 0.005  # and no more of them after this
 IOTLB_MISS: Final = 1  # type of the question for a translation
 UNPOSTED_S: Final = 4.0  # Linux fills its receive ring as soon as the interface is up
 UNCLOSED_MAX: Final = 64  # descriptors of one front-end that hang in close()
@@ -195,9 +196,7 @@ class Backend(Closing):
             elif fd == self.device.requests_fd:
                 self._serve_requests()
             elif self._translation is not None and fd in (self._translation.fileno(), self._translation.timer.fileno()):
-                if fd == self._translation.timer.fileno() and self._applier is not None:
-                    self._applier.ask_again()
-                self._ask()
+                self._translate_again(timed=fd == self._translation.timer.fileno())
             elif not self._inband.dispatch(fd) and self._transfer.dispatch(fd) and self._connection is not None:
                 self._serve(self._connection, 0)  # an answer may have waited for this
 
@@ -351,7 +350,7 @@ class Backend(Closing):
             self._transfer,
             self._translate,
         )
-        self._session = Session(self.device.offer, self._applier)
+        self._session = Session(self.device.offer, self._applier, self.warn)
         self.channel.begin(self._session)
         for queue in self.device.queues:
             queue.unmute()
@@ -396,6 +395,13 @@ class Backend(Closing):
             for fd in (translation.fileno(), translation.timer.fileno()):
                 self._epoll.register(fd, select.EPOLLIN)
 
+    def _translate_again(self, *, timed: bool) -> None:
+        """Go on where something is missing; `timed`: where answers are."""
+        with self._ending_on_failure():
+            if timed and self._applier is not None:
+                self._applier.ask_again()
+            self._ask()
+
     def _ask(self) -> None:
         """Ask the front-end for the translations that somebody misses."""
         translation = self._translation
@@ -413,7 +419,7 @@ class Backend(Closing):
     def _serve(self, connection: Connection, events: int) -> None:
         session = self._session
         assert session is not None
-        try:
+        with self._ending_on_failure():
             if events & select.EPOLLOUT:
                 connection.flush()
             if session.owing:
@@ -421,6 +427,7 @@ class Backend(Closing):
                     raise ConnectionClosed("the peer closed the connection before it was answered")
                 self._reply(connection, session, session.resume())
             if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                end = time.monotonic() + SERVE_S
                 for _ in range(MESSAGES_MAX):
                     message = None if session.owing else connection.receive()
                     if message is None:
@@ -430,6 +437,8 @@ class Backend(Closing):
                     if self._reaper.busy > UNCLOSED_MAX:
                         limit = f"at most {UNCLOSED_MAX} may take long"
                         raise FrontendError(message.name, "fds that cannot be closed", self._reaper.busy, limit)
+                    if time.monotonic() > end:
+                        break
             wanted = 0 if session.owing else select.EPOLLIN
             self._epoll.modify(connection.fileno(), wanted | (select.EPOLLOUT if connection.wants_write else 0))
             if self.device.requests_fd is not None:
@@ -437,6 +446,12 @@ class Backend(Closing):
             self.channel.flush()
             self._ask()
             self.check()
+
+    @contextmanager
+    def _ending_on_failure(self) -> Iterator[None]:
+        """End the connection for whatever goes wrong inside."""
+        try:
+            yield
         except ConnectionClosed as end:
             self._end(str(end))
         except PeerError as error:

@@ -73,6 +73,8 @@ class Session:
     apply
         Carries out an effect before it returns, or raises `VqError` or `OSError` and has changed nothing. Returns the
         base for `StopRing`, bytes for `ConfigRead`, anything otherwise.
+    warn
+        Called with a text for people: a request was refused.
 
     Notes
     -----
@@ -83,9 +85,12 @@ class Session:
     # What a handler returns whose answer must wait: it runs again in `resume`, and until then nothing else is received.
     LATER: ClassVar = object()
 
-    def __init__(self, offer: Offer, apply: Callable[[e.Effect], Any]) -> None:
+    def __init__(
+        self, offer: Offer, apply: Callable[[e.Effect], Any], warn: Callable[[str], None] = log.warning
+    ) -> None:
         self.offer = offer
         self._apply = apply
+        self._warn = warn
         self.closed = False
         self.refused_count = 0
         self.features = 0
@@ -138,7 +143,7 @@ class Session:
         """Log a refusal; a front-end that floods us gets a line for each power of two."""
         self.refused_count += 1
         if self.refused_count <= 16 or self.refused_count & (self.refused_count - 1) == 0:
-            log.warning("%s (refusal %d of this connection)", text, self.refused_count)
+            self._warn(f"{text} (refusal {self.refused_count} of this connection)")
 
     def receive(self, message: Message) -> bytes | None:
         """Serve one message; afterwards its fds are taken over or closed.

@@ -17,7 +17,10 @@ import vq
 from hostile.conftest import Connect, every_layout
 from hostile.guest import A_BYTES, A_USER, KICK, PLAIN, WRITE, A, B, Guest
 from hostile.process import Host, Neighbour, wait_until
-from vq.errors import ConnectionClosed
+from vq import backend
+from vq import virtio as v
+from vq.devices.net import NetDevice
+from vq.errors import BackendError, ConnectionClosed
 from vq.frontend import Frontend
 from vq.message import NEED_REPLY, VERSION, Request, encode, encode_request
 from vq.payload import Config, Region, VringAddr, VringState
@@ -335,3 +338,36 @@ def test_a_guest_cannot_fill_the_log(host: Host, guest: Guest) -> None:
         misbehave()
     wait_until("a line about them, when others have used up what may be said at a time", misbehave)
     assert host.messages.count("level=warning") - lines < 60
+
+
+@pytest.mark.checklist(21, 46)
+def test_refusals_of_many_connections_are_few_lines(host: Host, neighbour: Neighbour) -> None:
+    """Lines 21 and 46: what one connection may have logged it could have again by coming again."""
+    before = len(host.messages)
+    for _ in range(100):
+        frontend = Frontend.connect(host.path, timeout=5)
+        frontend.negotiate(PLAIN, v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK))
+        for size in range(40000, 40016):
+            with pytest.raises(BackendError):
+                frontend.request(R.SET_VRING_NUM, VringState(0, size))
+        frontend.close()
+        host.wait_free()
+    neighbour.check()
+    refusals = host.messages[before:].count("SET_VRING_NUM")
+    assert 0 < refusals < 100
+
+
+@pytest.mark.checklist(21)
+def test_a_flood_of_slow_messages_is_served_in_small_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line 21: messages that take their time are not served 64 at once; here each takes too long."""
+    monkeypatch.setattr(backend, "SERVE_S", -1.0)
+    with backend.Backend(NetDevice("net", pairs=1), path=str(tmp_path / "s")) as hosted:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(tmp_path / "s"))
+        sock.setblocking(False)
+        hosted.dispatch()
+        sock.sendall(GET_FEATURES * 3)
+        for _ in range(3):
+            hosted.dispatch()
+            assert len(sock.recv(1000)) == len(GET_FEATURES) + 8
+        sock.close()

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
-from blk_front import PROTOCOL, Guest, serving
+from blk_front import PROTOCOL, USUAL, Guest, serving
 from blk_rig import IN, OK, OUT, content, make_file
+from vq import translation
 from vq import virtio as v
 from vq.devices import disk_lock
 from vq.devices.disk_lock import DiskLock
 from vq.errors import BackendError, ConnectionClosed
+from vq.frontend import RingSetup
+from vq.message import Request
+from vq.payload import Iotlb
 from vq_core.disk import Disk
 from waiting import wait_for
 
@@ -139,3 +143,31 @@ def test_a_file_system_without_locks(
         assert guest.ask(IN, size=512) == OK
         guest.close()
     assert "cannot be locked: No locks available" in caplog.text
+
+
+def test_a_ring_behind_an_iommu_that_is_still_locked_out(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits for a translation, cannot start when that has come, and is tried again when another is not answered."""
+    monkeypatch.setattr(translation, "PATIENCE_S", 0.05)
+    source, destination = str(tmp_path / "a"), str(tmp_path / "b")
+    with serving(Disk(image), source), serving(Disk(image), destination, queues=2) as server:
+        first = Guest(source)
+        first.start()
+        second = Guest(destination, USUAL | v.mask(v.VIRTIO_F_ACCESS_PLATFORM))
+        rings = [RingSetup(0, 64, *second.driver.addresses, 0), RingSetup(1, 64, 1 << 40, 1 << 41, 1 << 42, 0)]
+        for ring in rings:
+            second.frontend.start_ring(ring)  # the second never gets anywhere, so that a question stays open
+        user, size = second.memory.regions[0][2], second.memory.regions[0][1]
+        with pytest.raises(BackendError, match="refused"):
+            second.frontend.request(Request.IOTLB_MSG, Iotlb(user, size, user, 3, 2))
+        wait_for(lambda: server.backend is not None and server.backend.state == "listening")
+        second.close()
+        assert first.ask(OUT, content(512)) == OK
+        first.close()
+        wait_for(lambda: not locked(image))
+        third = Guest(destination)
+        third.start()
+        assert third.ask(IN, size=512) == OK
+        third.close()
+    assert "is locked" in caplog.text
