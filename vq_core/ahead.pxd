@@ -16,7 +16,7 @@ from vq_core.queue cimport queue_t
 cdef enum:
     AHEAD_LEAST = 16             # buffers of a receiveq
     AHEAD_MOST = 128             # while the driver's traffic uses up as many between two looks
-    AHEAD_STEPS = 4096           # pieces of memory in one look (fairness)
+    AHEAD_STEPS = 4096           # descriptors and pieces of memory in one look (fairness)
 
 # Note what is missing for `count` buffers from the cursor on; how many of them, up to the first miss, lack nothing.
 # `perms`: which kinds of descriptors count, IOTLB_READ for device-readable ones and IOTLB_WRITE for device-writable.

@@ -31,7 +31,7 @@ cdef int ahead_look(queue_t* queue, cursor_t cursor, int count, uint32_t perms) 
     cdef chain_t chain
     cdef virtq_desc_t descriptor
     cdef look_t look
-    cdef uint32_t perm
+    cdef uint32_t perm, steps
     cdef int whole = 0, step
     look.pieces = AHEAD_STEPS
     look.misses = 0
@@ -40,20 +40,21 @@ cdef int ahead_look(queue_t* queue, cursor_t cursor, int count, uint32_t perms) 
             break
         chain_begin(&chain, queue, cursor.head, &descriptor)
         while True:
+            steps = chain.steps
             step = chain_next(&chain, queue, &descriptor)
+            look.pieces -= <int>(chain.steps - steps)        # the empty ones that it skips are work too
             if step <= 0 or look.pieces <= 0 or look.misses >= MISSES_MAX:
                 break
             perm = IOTLB_WRITE if descriptor.flags & VIRTQ_DESC_F_WRITE else IOTLB_READ
-            look.pieces -= 1
             if perm & perms and descriptor.addr + descriptor.len >= descriptor.addr:
                 _look_at(queue, &descriptor, perm, &look)
         if step < 0 and chain.broken == BROKEN_MISS:
             look.misses += 1     # of its table
-        elif step < 0 or look.pieces <= 0 or chain_end(&chain, queue) < 0:
+        elif step != 0 or chain_end(&chain, queue) < 0:
             break
         if look.misses == 0:
             whole += 1
-        elif look.misses >= MISSES_MAX:
+        if look.pieces <= 0 or look.misses >= MISSES_MAX:
             break
         ring_pass(&queue.ring, packed, &cursor, chain.slots)
     return whole

@@ -727,9 +727,11 @@ cdef class Queue:
     def posted(self):
         """bool: the driver has made something available since the ring was started, as far as that is known."""
         cdef packed_t* packed
+        cdef MemoryMap memory
         if not self.queue.started:
             return False
-        if self._memory is not None and self._memory.may_block:
+        memory = self._memory if self._iotlb is None else self._iotlb._memory
+        if memory is None or memory.may_block:
             return True          # nothing can be said without a look at it
         if self.queue.ring.is_packed:
             packed = &self.queue.ring.packed

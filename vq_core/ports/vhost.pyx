@@ -5,6 +5,7 @@ from libc.string cimport memcpy, memset
 from vq_core.ahead cimport ahead_room
 from vq_core.arch cimport vq_load_u32
 from vq_core.handover cimport Mailbox, handover_run
+from vq_core.iotlb cimport iotlb_view
 from vq_core.net cimport net_accepts
 from vq_core.port cimport ARM_PULL, ARM_PUSH, Port, endpoint_t
 from vq_core.ports.vhost_filter cimport vhost_push_filtered
@@ -56,10 +57,13 @@ cdef int _arm(endpoint_t* endpoint, int what) noexcept nogil:
         packed = queue.ring.is_packed
         if queue.live or queue_goes(queue):
             queue_request_kick(queue)
+            if queue.iotlb != NULL:
+                if queue.ahead_in != iotlb_view(queue.iotlb).generation:
+                    return 1         # translations have come meanwhile
+                if queue.ahead_missed:
+                    return 0         # whatever the driver adds stands behind what is missing
             if queue.kick_fd < 0 or ring_has_more(&queue.ring, packed):
                 return 1
-            if queue.iotlb != NULL and ahead_room(queue) > 0:
-                return 1             # translations have come meanwhile
     return 0
 
 

@@ -16,7 +16,7 @@ from vq_core.ports.vhost_pair cimport (BROKE, BURST_FULL, DONE, DROPPED, ERRAND_
                                        RARP_BYTES, pair_id_is_wrong, pair_lost, pair_no_entries, pair_t)
 from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_HEAD, BROKEN_MEMORY_LOST, BROKEN_NOT, queue_absent, queue_break,
                             queue_comes_alive, queue_fail, queue_flush, queue_goes, queue_publish,
-                            queue_suppress_kicks, queue_t, queue_translate_part)
+                            queue_suppress_kicks, queue_t, queue_translate_part, queue_waits)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_counts_slots, ring_look, ring_next_used, ring_position,
                            ring_prefetch, ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
@@ -294,7 +294,7 @@ cdef int vhost_pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept no
         if queue_goes(pair.receiveq):
             ahead_room(pair.receiveq)
     if not queue.live and not queue_comes_alive(queue):
-        if queue.started and queue.broken == BROKEN_NOT and not queue.parked:
+        if queue.started and queue.broken == BROKEN_NOT and not queue_waits(queue):
             return _discard(queue)
         return 0
     if queue.ring.is_packed:             # and then VERSION_1 was negotiated (queue.pyx): the header has 12 bytes
