@@ -79,11 +79,11 @@ class Translation:
 
     def set_memory(self, memory: MemoryMap | None) -> None:
         """Take over another memory map; translations into memory that is gone are forgotten."""
-        lost = self.iotlb.set_memory(memory)
-        if lost:
-            for index in self._mapped():
-                if self._lacking(self._rings[index]):
-                    self._queues[index].unmap()
+        self.iotlb.set_memory(memory)
+        # Whether or not entries are gone: those of a ring may have been driven out before.
+        for index in self._mapped():
+            if self._lacking(self._rings[index]):
+                self._queues[index].unmap()
         settle(self.iotlb, self._queues)
         self.remap()
 
@@ -98,7 +98,7 @@ class Translation:
         changed = self.iotlb.update(
             effect.iova, effect.size, effect.address, effect.perm, guest_addresses=effect.guest_addresses
         )
-        if changed:
+        if changed or self.iotlb.partial:
             self._displace(effect.iova, effect.iova + effect.size - 1)
         if changed or self.iotlb.crowded:
             settle(self.iotlb, self._queues)

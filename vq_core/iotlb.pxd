@@ -84,6 +84,7 @@ cdef class Iotlb:
     cdef iotlb_t iotlb
     cdef iotlb_view_t* _retired
     cdef int _retired_count
+    cdef readonly bint partial
     cdef uint64_t _dice          # state of the numbers that choose whom to drive out
     cdef MemoryMap _memory       # what the entries point into; None: nothing
     cdef list _former            # maps that retired views point into

@@ -124,6 +124,11 @@ cdef class Iotlb:
     OSError
         There is no room for another descriptor.
 
+    Attributes
+    ----------
+    partial : bool
+        Entries were driven out to make room: something may be in use that no view tells of.
+
     Notes
     -----
     Threading: for the control thread. What a change took away is in use until `vq_core.queue.settle` has returned.
@@ -261,6 +266,7 @@ cdef class Iotlb:
         view = _draft(self.iotlb.view.count + 2)
         _replace(view, self.iotlb.view, iova, entry.last, &entry)
         if view.count > IOTLB_ENTRIES_MAX:
+            self.partial = True
             _drive_out(view, iova, &self._dice)
         self._publish(view)
         for table in self._tables:
@@ -275,6 +281,7 @@ cdef class Iotlb:
         view = _draft(self.iotlb.view.count + 1)
         _replace(view, self.iotlb.view, iova, last, NULL)
         if view.count > IOTLB_ENTRIES_MAX:           # one was cut in two
+            self.partial = True
             _drive_out(view, iova, &self._dice)
         self._publish(view)
         return True
