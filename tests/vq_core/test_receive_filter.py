@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from control_rig import BROADCAST, GROUP, MAC, OTHER, Reference, frame
 from engine_rig import Guest, every_layout
+from vq_core.guest_memory import GuestMemory
 from vq_core.receive_filter import ReceiveFilter
 
 many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -149,3 +150,20 @@ def test_pairs_out_of_use_take_and_give_nothing(harness: ModuleType) -> None:
     for count in (0, 5, -1):
         with pytest.raises(ValueError, match="1 to 4 can be in use"):
             wide.use_pairs(count)
+
+
+@every_layout
+def test_endless_chains_end_a_burst_that_is_filtered_too(harness: ModuleType, layout: int) -> None:
+    """A driver whose tables are as long as may be: each packet between two refused ones is a push of its own."""
+    guest, feed = Guest(layout, size=4096, memory=GuestMemory(16 << 20)), harness.Feed("feed")
+    guest.port.set_filter(ReceiveFilter(macs=[MAC]))
+    buffer = guest.memory.alloc(2048)
+    for _ in range(16):
+        guest.receiveq.add([], [(buffer.guest_addr, 0)] * 4000 + [(buffer.guest_addr, 2048)], indirect=True)
+    guest.receiveq.publish()
+    for _ in range(32):
+        feed.add(frame(OTHER))
+        feed.add(frame(MAC))
+    for _ in range(2):
+        assert harness.move(feed, 0, guest.port, 0) == (32, 11), "five chains, and the refused packets before them"
+    assert len(guest.receiveq.poll()) == 10

@@ -24,6 +24,7 @@ cdef enum:
 
 cdef void _flush(endpoint_t* endpoint) noexcept nogil:
     cdef pair_t* pair = <pair_t*>endpoint.port
+    pair.walked = 0
     if pair.receiveq.started:
         queue_flush(pair.receiveq)
     if pair.transmitq.started:

@@ -30,6 +30,7 @@ cdef struct pair_t:
     queue_t* transmitq
     uint32_t frame_limit             # longest frame towards the guest (NET_SET_MTU); segmentation is exempt
     uint32_t errands                 # ERRAND_* bits: what a pull has to do besides
+    uint32_t walked                  # descriptors that pushes have walked the slow way since the last flush (fairness)
     uint8_t rarp[RARP_BYTES]
     receive_filter_t* filter         # set exactly while the endpoint's push is vhost_push_filtered
 

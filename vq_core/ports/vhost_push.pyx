@@ -25,6 +25,7 @@ from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_WRITE, gpa_t, 
 
 cdef enum:
     STEPS_PUSH = 4096            # descriptors walked by the slow path before a push ends (fairness)
+    STEPS_ROUND = 16384          # and before all pushes between two flushes end: a filter or segmentation makes many
     STEPS_PACKET = 65536         # descriptors walked for one push before the ring is broken
     EXPECT_MAX = 2048            # bytes of a payload: more lines than that a core cannot wait for at once
     ROOM_ENOUGH = 64             # buffers: more than anybody asks for at once (a burst, a worker's NEED_MAX)
@@ -228,7 +229,7 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
     """Push to a live receiveq; `packed` and `header_bytes` are literals."""
     cdef ring_t* ring = &queue.ring
     cdef region_t near = queue.hint[0]
-    cdef uint32_t need, frame_limit, walked = 0
+    cdef uint32_t need, frame_limit, walked = 0, before
     cdef int ready, done = 0, run, j, status, sent = 0
     cdef uint64_t total = 0
     cdef cursor_t cursor, slow
@@ -314,10 +315,12 @@ cdef inline int _push_live(pair_t* pair, queue_t* queue, bint packed, uint32_t h
                 queue.counters.dropped[DROP_MTU] += 1
                 done += 1
                 continue
-            if walked > STEPS_PUSH:
+            if walked > STEPS_PUSH or pair.walked > STEPS_ROUND:
                 break            # as without room: the rest waits or is dropped
             slow = cursor
+            before = walked
             status = _push_chain(queue, packet, header_bytes, &slow, &walked)
+            pair.walked += walked - before
             if status == NO_ROOM:
                 break
             if status == BROKE:
