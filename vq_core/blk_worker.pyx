@@ -65,9 +65,10 @@ cdef bint _under_way(blk_worker_t* worker, queue_t* alone) noexcept nogil:
 
 cdef queue_t* _suspended(mailbox_t* mailbox) noexcept nogil:
     """The queue that the command which waits suspends, or NULL."""
-    cdef queue_change_t* change = <queue_change_t*>mailbox.argument
+    cdef queue_change_t* change
     # Acquire: pairs with the release of `posted`; the command stands before it.
     vq_load_acquire_u32(&mailbox.posted)
+    change = <queue_change_t*>mailbox.argument
     if mailbox.run == queue_run_change and change.what & CHANGE_SUSPEND:
         return <queue_t*>mailbox.target
     return NULL
