@@ -9,6 +9,7 @@ import pytest
 
 from interop.features import RING_PACKED, negotiated
 from interop.guest import Guest
+from interop.iommu import BEHIND, LAZY, MACHINE, STRICT
 from interop.process import Child
 from interop.rig import Rig
 from interop.traffic import assert_ping, send_bulk
@@ -16,17 +17,6 @@ from interop.traffic import assert_ping, send_bulk
 pytestmark = pytest.mark.guest
 MIB = 1 << 20
 ACCESS_PLATFORM = 33
-# Without the split the emulated interrupt controller does not know of remapped interrupts.
-MACHINE = {
-    "machine": "q35,kernel-irqchip=split",
-    "more": ["-device", "intel-iommu,intremap=on,device-iotlb=on"],
-}
-BEHIND = {"iommu_platform": "on", "ats": "on", "disable-legacy": "on"}
-# On a busy machine an emulated timer may miss the moment in which Linux tries it; with remapped interrupts that is
-# fatal.
-WORDS = "intel_iommu=on no_timer_check"
-STRICT = f"{WORDS} iommu.strict=1"  # each unmapping is an INVALIDATE, and is waited for
-LAZY = f"{WORDS} iommu.strict=0"  # they are gathered, and flushed together
 
 
 def assert_translated(child: Child) -> None:

@@ -6,7 +6,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import pytest
 
 from interop import migration
 from interop.backend import Pump
-from interop.features import PACKED, assert_packed
+from interop.features import PACKED, assert_packed, negotiated
 from interop.guest import Guest
+from interop.iommu import BEHIND, MACHINE, STRICT
 from interop.process import Child, wait_until
 from interop.rig import Rig
 from interop.stream import EchoStream
@@ -24,6 +25,8 @@ from interop.traffic import await_path
 pytestmark = pytest.mark.guest
 LAYOUTS: dict[str, dict[str, str | int]] = {"split": {}, "packed": PACKED}
 MIGRATIONS = 20
+MIGRATIONS_IOMMU = 4
+ACCESS_PLATFORM = 33
 LOG_ALL = 1 << 26
 SNIFFER = Path(__file__).with_name("sniffer.py")
 
@@ -31,16 +34,18 @@ SNIFFER = Path(__file__).with_name("sniffer.py")
 class Line:
     """A host's TAP and two sockets at one switch; the guest is at one of the sockets, and can go to the other."""
 
-    def __init__(self, rig: Rig, properties: dict[str, str | int]) -> None:
+    def __init__(self, rig: Rig, properties: dict[str, str | int], *, more: Sequence[str] = (), **machine: str) -> None:
         self.rig = rig
         self.properties = properties
+        self.more = more
+        self.machine = machine
         self.host = rig.host()
         ports = [f"vhost:{rig.sock('a')}", f"vhost:{rig.sock('b')}", "tap:vq0"]
         self.backend = rig.backend(*ports, host=self.host, options=["-v", "-v"])
         if not isinstance(self.backend, Pump):
             pytest.skip("the stand-in has no switch")
         self.place = 0
-        self.guest: Guest = rig.guest(self.sock, properties=properties)
+        self.guest: Guest = rig.guest(self.sock, properties=properties, more=more, **machine)
         self.host.configure(1)
         self.guest.configure(2)
         assert_packed(self.guest, "packed" in properties)
@@ -55,7 +60,8 @@ class Line:
         """Start QEMU at the other socket."""
         sock = self.rig.sock("ab"[1 - self.place])
         properties = {**self.properties, "mac": self.guest.mac}
-        return self.rig.guest(sock, boot=False, properties=properties, more=migration.INCOMING)
+        more = [*self.more, *migration.INCOMING]
+        return self.rig.guest(sock, boot=False, properties=properties, more=more, **self.machine)
 
     def arrived(self, destination: Guest) -> None:
         self.guest = destination
@@ -128,6 +134,19 @@ def test_stream_survives_migrations(line: Line) -> None:
         f"downtime {statistics.median(downtimes):.0f} ms, at most {max(downtimes)} ms, "
         f"silence as the peer sees it {statistics.median(gaps):.0f} ms, at most {max(gaps)} ms"
     )
+
+
+@pytest.mark.shows("VIRTIO_F_ACCESS_PLATFORM", "VHOST_F_LOG_ALL")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stream_survives_migrations_behind_an_iommu(rig: Rig, layout: str) -> None:
+    """What is logged are guest addresses, though the driver knows none; translations begin anew at each place."""
+    line = Line(rig, {**BEHIND, **LAYOUTS[layout]}, kernel_words=STRICT, **MACHINE)
+    assert ACCESS_PLATFORM in negotiated(line.guest)
+    with EchoStream(line.host, line.guest) as stream:
+        for number in range(MIGRATIONS_IOMMU):
+            line.move(parameters=migration.MANY_ROUNDS, rounds=3 if number % 2 else 0)
+            stream.wait_progress()
+        rig.note(f"{MIGRATIONS_IOMMU} migrations behind an IOMMU, {stream.verified >> 10} KiB there and back")
 
 
 def test_migrations_that_come_to_nothing(line: Line) -> None:
