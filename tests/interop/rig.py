@@ -78,12 +78,17 @@ class Rig:
         self._ends.append(guest.close)
         return guest.wait_booted() if boot else guest
 
+    def child(self, name: str, command: list[str]) -> Child:
+        """Start any other program."""
+        child = Child(name, command, self.scratch)
+        self._ends.append(child.kill)
+        return child
+
     def disk(self, path: Path, *words: str, name: str = "a") -> Child:
         """Start ``vq blk`` on a file, and wait until it listens on the socket of this name."""
         sock = self.sock(name)
         command = [sys.executable, "-m", "vq", "blk", "--socket-path", str(sock), "--blk-file", str(path)]
-        child = Child(f"blk-{name}", [*command, *words], self.scratch)
-        self._ends.append(child.kill)
+        child = self.child(f"blk-{name}", [*command, *words])
         wait_until("vq blk listens", lambda: sock.exists() or not child.running, 20, [child])
         return child
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from interop.guest import shared_words
-from interop.process import Child, wait_until
+from interop.process import wait_until
 from interop.rig import Rig
 
 pytestmark = pytest.mark.guest
@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples/entropy.py"
 def test_a_guest_takes_its_entropy_from_python(rig: Rig) -> None:
     """QEMU connects to such a device once, and does not wait for it."""
     path = rig.sock()
-    example = Child("entropy", [sys.executable, str(EXAMPLE), str(path)], rig.scratch)
+    example = rig.child("entropy", [sys.executable, str(EXAMPLE), str(path)])
     wait_until("the example listens", path.exists, 20, [example])
     options = [word.split(",reconnect")[0] for word in shared_words(path)]
     guest = rig.guest(path, options=[*options, "-device", "vhost-user-rng-pci,chardev=c0"])
