@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -44,8 +45,12 @@ def test_progress_is_told() -> None:
     assert threads == {threading.get_ident()}
     counts = [report.packets for report in reports] + [result.packets]
     assert counts == sorted(counts)
-    assert counts[0] > 0
-    assert all(report.ok and report.rate > 0 for report in reports)
+    assert result.packets > 0
+    # A busy machine may take both threads away for a whole interval: then no packet came, and the rate must say so.
+    grown = [after > before for before, after in pairwise([0, *counts[:-1]])]
+    assert any(grown)
+    assert [report.rate > 0 for report in reports] == grown
+    assert all(report.ok for report in reports)
 
 
 def test_nothing_is_left_behind() -> None:
