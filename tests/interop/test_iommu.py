@@ -17,7 +17,7 @@ from interop.traffic import assert_ping, send_bulk
 pytestmark = pytest.mark.guest
 MIB = 1 << 20
 ACCESS_PLATFORM = 33
-# A defect that is not explained yet: in about every fifth of these guests a packet waits until the driver sends again.
+# A defect that is not explained yet: in about every second of these guests a packet waits until the driver sends again.
 STALLS = pytest.mark.xfail(strict=False, reason="a packet to the guest waits for a second now and then")
 PACKED_LAZY = pytest.param("packed", LAZY, 64, marks=STALLS)
 
