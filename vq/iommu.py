@@ -5,6 +5,7 @@ Spec: vhost-user, "IOMMU support".
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import Final
 
@@ -83,9 +84,13 @@ class Iommu:
         if self._answering:
             return  # we are called from below, where the back-end's answer to our own is awaited
         self._answering = True
+        end = time.monotonic() + self.frontend.timeout
         try:
             while self._due:
                 self._answer(self._due.popleft())
+                if self._due and time.monotonic() > end:
+                    limit = "answers are of no use: whoever asks without end is not answered without end"
+                    raise BackendError(message.name, "misses", len(self.missed), limit)
         finally:
             self._answering = False
 
