@@ -23,6 +23,10 @@ __all__ = ["Translation"]
 
 OPEN_MAX: Final = 64  # questions that wait for an answer: so many always fit into the channel's socket
 PATIENCE_S: Final = 2.0  # until an unanswered question may be asked again
+# The same after an INVALIDATE of its page: if the front-end had found nothing there, as it tells nobody, that may have
+# changed since. If the question is still on its way, it is left the time to be answered.
+DOUBT_S: Final = 0.1
+SOONEST_S: Final = 0.01
 PAGES_MAX: Final = 16  # of one ring that are asked for at once; each message looks at all rings that lack some
 READ: Final = 1
 
@@ -111,6 +115,8 @@ class Translation:
         self._displace(iova, last)
         if used:
             settle(self.iotlb, self._queues)
+        if self.iotlb.doubt(iova, last, PATIENCE_S - DOUBT_S):
+            self._set_timer()
         self.remap()
 
     # -- rings --
@@ -173,8 +179,7 @@ class Translation:
         """Questions to put to the front-end: (iova, perm); each is open until an UPDATE answers it or it is too old."""
         questions = self.iotlb.ask(OPEN_MAX)
         if questions and not self._timing:
-            self._timing = True
-            self.timer.set(PATIENCE_S)
+            self._set_timer()
         return questions
 
     def set_aside(self) -> None:
@@ -184,13 +189,16 @@ class Translation:
     def expire(self) -> None:
         """Forget questions that were not answered in time; who still misses something asks anew."""
         self.timer.clear()
-        self._timing = False
         if self.iotlb.expire(PATIENCE_S):
             self.iotlb.again()
             if self.iotlb.crowded:
                 settle(self.iotlb, self._queues)
             wake(self._queues)
             self.remap()
-        if self.iotlb.open:
-            self._timing = True
-            self.timer.set(PATIENCE_S / 2)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        """Come back when the oldest question is too old."""
+        self._timing = self.iotlb.open > 0
+        if self._timing:
+            self.timer.set(max(SOONEST_S, PATIENCE_S - self.iotlb.age))

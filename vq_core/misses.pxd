@@ -3,6 +3,7 @@
 Each queue has a small table, and the control thread one of its own. A slot goes round and round between two owners:
 
     free -> the worker notes address and permission -> noted -> the control thread asks -> asked
+    noted -> the control thread finds the translation there, by an UPDATE that came meanwhile -> free
     asked -> answered by an UPDATE, or too old -> free
 
 So the same miss is asked for once however often the worker runs into it, and whatever a guest does, MISSES_MAX
@@ -47,6 +48,11 @@ cdef void misses_answer(miss_table_t* table, iova_t iova, iova_t last, uint32_t 
 # Free the slots that were asked for before a time; how many.
 cdef int misses_expire(miss_table_t* table, int64_t before_ns) noexcept nogil
 cdef int misses_asked(miss_table_t* table) noexcept nogil
+cdef void misses_free(miss_t* slot) noexcept nogil
+# Let questions of [iova, last] be as old as if they had been asked at a time, at least; how many there are.
+cdef int misses_age(miss_table_t* table, iova_t iova, iova_t last, int64_t asked_ns) noexcept nogil
+# When the oldest open question was asked; `newest_ns` if none is older.
+cdef int64_t misses_oldest(miss_table_t* table, int64_t newest_ns) noexcept nogil
 cdef void misses_clear(miss_table_t* table) noexcept nogil
 
 cdef class MissTable:

@@ -38,7 +38,7 @@ cdef int misses_next(miss_table_t* table, int start) noexcept nogil:
     return MISSES_MAX
 
 
-cdef inline void _free(miss_t* slot) noexcept nogil:
+cdef void misses_free(miss_t* slot) noexcept nogil:
     # Release: pairs with the acquire in misses_note; our last look at the slot stands before it.
     vq_store_release_u32(&slot.state, MISS_FREE)
 
@@ -50,14 +50,14 @@ cdef void misses_answer(miss_table_t* table, iova_t iova, iova_t last, uint32_t 
         slot = &table.slots[i]
         # With less than was asked for the question stays open, so that it is not asked again at once.
         if vq_load_acquire_u32(&slot.state) != MISS_FREE and iova <= slot.iova <= last and not slot.perm & ~perm:
-            _free(slot)
+            misses_free(slot)
 
 
 cdef int misses_expire(miss_table_t* table, int64_t before_ns) noexcept nogil:
     cdef int i, count = 0
     for i in range(MISSES_MAX):
         if vq_load_u32(&table.slots[i].state) == MISS_ASKED and table.slots[i].asked_ns <= before_ns:
-            _free(&table.slots[i])
+            misses_free(&table.slots[i])
             count += 1
     return count
 
@@ -69,10 +69,29 @@ cdef int misses_asked(miss_table_t* table) noexcept nogil:
     return count
 
 
+cdef int misses_age(miss_table_t* table, iova_t iova, iova_t last, int64_t asked_ns) noexcept nogil:
+    cdef miss_t* slot
+    cdef int i, count = 0
+    for i in range(MISSES_MAX):
+        slot = &table.slots[i]
+        if vq_load_u32(&slot.state) == MISS_ASKED and iova <= slot.iova <= last:
+            slot.asked_ns = min(slot.asked_ns, asked_ns)
+            count += 1
+    return count
+
+
+cdef int64_t misses_oldest(miss_table_t* table, int64_t newest_ns) noexcept nogil:
+    cdef int i
+    for i in range(MISSES_MAX):
+        if vq_load_u32(&table.slots[i].state) == MISS_ASKED:
+            newest_ns = min(newest_ns, table.slots[i].asked_ns)
+    return newest_ns
+
+
 cdef void misses_clear(miss_table_t* table) noexcept nogil:
     cdef int i
     for i in range(MISSES_MAX):
-        _free(&table.slots[i])
+        misses_free(&table.slots[i])
 
 
 cdef class MissTable:

@@ -17,7 +17,7 @@ from vq.errors import BackendError
 from vq.iommu import PAGE, READ, WRITE
 from vq.message import Request
 from vq.pump import Pump
-from vq.translation import PAGES_MAX
+from vq.translation import PAGES_MAX, PATIENCE_S
 from waiting import wait_for
 
 
@@ -107,6 +107,42 @@ def test_others_go_on_while_a_queue_waits(path: str, pump: Pump) -> None:
         guest.serve(guest.receiveqs[0].arm)  # no kick has come
         ((_, length),) = guest.receiveqs[0].poll()
         assert length == 112
+
+
+@every_layout
+def test_what_waits_is_not_dropped_when_the_wait_ends(path: str, pump: Pump, layout: int) -> None:
+    """The worker looks at the ring in the very moment in which a translation comes, any one."""
+    with IommuGuest(path, USUAL | layout) as guest:
+        echo(guest, b"known")
+        hidden = guest.memory.alloc(PAGE, PAGE)
+        user, _ = guest.iommu.pages.pop(hidden.guest_addr // PAGE)
+        guest.post(1500)
+        guest.transmitqs[0].add([(hidden.guest_addr, 100)])
+        guest.transmitqs[0].kick()
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            guest.iommu.update(0x5000_0000, PAGE, user, READ)
+        assert guest.transmitqs[0].poll() == []
+        guest.iommu.update(hidden.guest_addr, PAGE, user, READ)
+        guest.serve(guest.receiveqs[0].arm)
+
+
+def test_a_question_that_was_too_early_is_put_again_after_an_invalidation(path: str, pump: Pump) -> None:
+    """The front-end finds nothing, and says nothing; an address gets another meaning only after an INVALIDATE."""
+    with IommuGuest(path) as guest:
+        echo(guest, b"known")
+        hidden = guest.memory.alloc(PAGE, PAGE)
+        place = guest.iommu.pages.pop(hidden.guest_addr // PAGE)
+        guest.post(1500)
+        guest.transmitqs[0].add([bytes(12), (hidden.guest_addr, 100)])
+        guest.transmitqs[0].kick()
+        missed = len(guest.iommu.missed)
+        guest.serve(lambda: len(guest.iommu.missed) > missed)
+        guest.iommu.pages[hidden.guest_addr // PAGE] = place
+        guest.iommu.invalidate(hidden.guest_addr, PAGE)
+        begin = time.monotonic()
+        guest.serve(guest.receiveqs[0].arm)
+        assert time.monotonic() - begin < PATIENCE_S / 2
 
 
 def _stands(worker: object) -> bool:

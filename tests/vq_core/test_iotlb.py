@@ -225,6 +225,34 @@ def test_a_miss_is_asked_for_once_until_it_is_answered_or_too_old(iotlb: Iotlb) 
     assert iotlb.ask(64) == [(0x1010, WRITE)]
 
 
+def test_what_has_come_meanwhile_is_not_asked_for(iotlb: Iotlb) -> None:
+    """Somebody misses a page in an older view: its driver may have taken it away again when the question arrives."""
+    iotlb.update(0x1000, PAGE, UVA, READ)
+    iotlb.miss(0x1010, READ)
+    iotlb.miss(0x1010, WRITE)
+    assert iotlb.ask(64) == [(0x1010, WRITE)]
+    assert iotlb.open == 1
+    iotlb.invalidate(0x1000, 0x1FFF)
+    iotlb.miss(0x1010, READ)
+    assert iotlb.ask(64) == [(0x1010, READ)]
+
+
+def test_questions_in_doubt_are_old(iotlb: Iotlb) -> None:
+    assert iotlb.age == 0
+    for iova in (0x1010, 0x3010):
+        iotlb.miss(iova, READ)
+    iotlb.ask(64)
+    assert not iotlb.doubt(0x2000, 0x2FFF, 100)
+    assert iotlb.age < 50
+    assert iotlb.doubt(0x3000, 0x3FFF, 100)
+    assert 100 < iotlb.age < 150
+    assert iotlb.doubt(0, 0xFFFF, 10)  # the older remains so
+    assert 100 < iotlb.age < 150
+    assert (iotlb.expire(50), iotlb.open) == (1, 1)
+    iotlb.miss(0x3010, READ)
+    assert iotlb.ask(64) == [(0x3010, READ)]
+
+
 def test_open_questions_are_bounded(iotlb: Iotlb) -> None:
     for number in range(1000):
         iotlb.miss(number * PAGE, READ)

@@ -294,7 +294,8 @@ cdef int vhost_pull(endpoint_t* endpoint, burst_t* burst, int limit) noexcept no
         if queue_goes(pair.receiveq):
             ahead_room(pair.receiveq)
     if not queue.live and not queue_comes_alive(queue):
-        if queue.started and queue.broken == BROKEN_NOT and not queue_waits(queue):
+        # Whether it is enabled comes first: a parked one may have ceased to wait since it was asked above.
+        if not queue.enabled and queue.started and queue.broken == BROKEN_NOT and not queue_waits(queue):
             return _discard(queue)
         return 0
     if queue.ring.is_packed:             # and then VERSION_1 was negotiated (queue.pyx): the header has 12 bytes
