@@ -15,12 +15,13 @@ from vq_core.iotlb cimport IOTLB_READ, IOTLB_WRITE, Iotlb, iotlb_translate_part,
 from vq_core.memory cimport MemoryMap, memory_translate, memory_user_translate, region_t
 from vq_core.misses cimport MissTable, misses_note
 from vq_core.notify cimport notify_peer, notify_signal, notify_usable, peer_t
-from vq_core.packed cimport PACKED_WRAP_BITS, packed_has_more, packed_t
+from vq_core.packed cimport packed_has_more, packed_t
+from vq_core.packed_place cimport packed_go_to, packed_place
 from vq_core.port cimport BURST_MAX
 from vq_core.split cimport split_t
 from vq_core.virtio cimport (VIRTIO_F_EVENT_IDX, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
-                             VIRTQ_DESC_F_NEXT, VIRTQ_PACKED_DESC_F_AVAIL, VIRTQ_PACKED_DESC_F_USED, VIRTQ_SIZE_MAX,
-                             gpa_t, has_feature, virtio_net_hdr_t, virtq_avail_t, virtq_desc_t, virtq_packed_desc_t,
+                             VIRTQ_PACKED_DESC_F_AVAIL, VIRTQ_SIZE_MAX, gpa_t, has_feature, virtio_net_hdr_t,
+                             virtq_avail_t, virtq_desc_t, virtq_packed_desc_t,
                              virtq_packed_event_t, virtq_used_elem_t, virtq_used_t)
 
 # Text and section of each BROKEN_* cause, in their order.
@@ -75,23 +76,17 @@ cdef void _decide_life(queue_t* queue) noexcept nogil:
 
 cdef void queue_place(queue_t* queue) noexcept nogil:
     cdef split_t* split = &queue.ring.split
-    cdef packed_t* packed = &queue.ring.packed
     cdef uint32_t what = queue.unplaced
-    cdef uint16_t slot = packed.avail_slot
-    cdef bint wrap = packed.avail_flags & VIRTQ_PACKED_DESC_F_AVAIL != 0
     queue.unplaced = 0
     if queue.ring.is_packed:
         if what & PLACE_AVAIL:
-            if slot == 0 and wrap:
-                _find_place(packed, &slot, &wrap)
-            else:
-                _check_place(packed, &slot, &wrap)
-            _set_place(packed, slot, wrap)
+            packed_place(&queue.ring.packed)
     elif what & PLACE_USED:
         split.next_used = split.shadow_used = split.signalled_used = vq_load_u16(&split.used.idx)  # read once
         if what & PLACE_AVAIL:
             split.last_avail_idx = split.shadow_avail_idx = split.next_used
     _decide_life(queue)
+
 
 cdef void queue_fail(queue_t* queue, uint32_t cause, uint32_t head) noexcept nogil:
     if cause == BROKEN_MISS:
@@ -181,73 +176,6 @@ cdef int _elements(int num) noexcept:
     while room < num:
         room *= 2
     return room
-
-
-cdef void _find_place(packed_t* ring, uint16_t* slot, bint* wrap) noexcept nogil:
-    """Where a device that completes in order stopped, told by the ring itself; a fresh one says its beginning.
-
-    Only the device changes a USED bit, to its wrap counter, when it uses a slot (`packed_publish`: each slot of a
-    chain): the slots before its place differ in it from those behind. What this cannot tell:
-
-    - With IN_ORDER one used descriptor stands for a batch, and the others keep their bits. Such a ring (`batch`) is not
-      asked; only an in-flight region would know after a crash.
-    - A burst is exposed by its first slot, which is written last. A crash in between is seen by that slot, and the
-      burst is done again, unless the burst begins in slot 0 or goes over the end of the ring.
-    """
-    cdef uint16_t first = vq_load_u16(&ring.desc[0].flags) & VIRTQ_PACKED_DESC_F_USED
-    cdef uint16_t i
-    for i in range(1, ring.num):
-        if vq_load_u16(&ring.desc[i].flags) & VIRTQ_PACKED_DESC_F_USED != first:
-            slot[0] = i
-            wrap[0] = first != 0
-            return
-    slot[0] = 0
-    wrap[0] = first == 0
-
-
-cdef void _check_place(packed_t* ring, uint16_t* slot, bint* wrap) noexcept nogil:
-    """Put a place right that the ring belies.
-
-    QEMU cannot look where a packed ring stands when its back-end is gone: it says the place at which the ring was
-    stopped last, which for a guest that was migrated or paused lies any number of laps back.
-
-    Only marks that change once, as in `_find_place`, count as an answer. Other devices leave the slots behind the first
-    of a chain as they are: if these alone lie between the answer and what was said, that was right. Marks that change
-    nowhere and are all 0 may be those of a fresh ring.
-    """
-    cdef uint16_t first = vq_load_u16(&ring.desc[0].flags) & VIRTQ_PACKED_DESC_F_USED
-    cdef uint16_t last = first, flags, i, found = 0
-    cdef int changes = 0
-    for i in range(1, ring.num):
-        flags = vq_load_u16(&ring.desc[i].flags) & VIRTQ_PACKED_DESC_F_USED
-        if flags != last:
-            changes += 1
-            found = i
-            last = flags
-    if changes > 1 or (changes == 0 and first == 0):
-        return
-    cdef bint lap = first != 0 if changes else False
-    if (slot[0] >= found) == (lap == wrap[0]):
-        if slot[0] == found or _is_rest_of_chain(ring, found, slot[0]):
-            return
-    slot[0] = found
-    wrap[0] = lap
-
-
-cdef bint _is_rest_of_chain(packed_t* ring, uint16_t begin, uint16_t end) noexcept nogil:
-    """Whether the slots from `begin` up to `end`, round the ring, can be those of a chain behind its first one."""
-    cdef uint16_t i = begin
-    cdef bint more = True
-    while i != end and more:
-        more = vq_load_u16(&ring.desc[i].flags) & VIRTQ_DESC_F_NEXT != 0
-        i = i + 1 if i + 1 < ring.num else 0
-    return i == end and not more
-
-
-cdef void _set_place(packed_t* ring, uint16_t slot, bint wrap) noexcept nogil:
-    ring.avail_slot = ring.used_slot = slot
-    ring.avail_flags = VIRTQ_PACKED_DESC_F_AVAIL if wrap else VIRTQ_PACKED_DESC_F_USED
-    ring.used_flags = PACKED_WRAP_BITS if wrap else 0
 
 
 cdef int _fd(object fd) except -2:
@@ -543,7 +471,7 @@ cdef class Queue:
         ring.batch = self._batches and has_feature(features, VIRTIO_F_IN_ORDER)
         if in_order and not ring.batch:
             queue.unplaced = PLACE_AVAIL
-        _set_place(ring, slot, wrap)
+        packed_go_to(ring, slot, wrap)
         ring.chain_slots = 1
         ring.event_idx = has_feature(features, VIRTIO_F_EVENT_IDX)
         return 0
