@@ -38,6 +38,7 @@ cdef struct flow_t:
     burst_t* held                # own burst of a source that holds; else NULL
     int held_at                  # first packet of `held` that is not pushed; -1: none waits
     bint waiting                 # for room in the target
+    int room                     # what the target said of it then, where packets are held
     bint patient                 # a ring towards a ring: packets stay in the source for a moment
     bint tired                   # waiting was in vain; not again before there is room
     int need                     # buffers that a packet may take: 1, or many after one that was to be segmented

@@ -90,7 +90,8 @@ cdef int _run_flow(worker_t* worker, flow_t* flow, uint64_t now) noexcept nogil:
     if flow.held != NULL:
         burst = flow.held
         if target != NULL:
-            limit = min(limit, target.room(target))
+            flow.room = target.room(target)
+            limit = min(limit, flow.room)
             flow.waiting = limit <= 0
             if flow.waiting:
                 return 0
@@ -141,6 +142,8 @@ cdef int _arm_all(plan_t* plan) noexcept nogil:
         flow = &plan.flows[i]
         if flow.waiting and flow.held != NULL:
             work |= flow.target.arm(flow.target, ARM_PUSH)
+            # Another flow may have looked into the ring since, and what it found there is no news to the target.
+            work |= flow.target.room(flow.target) > flow.room
         elif flow.held_at < 0:
             # While packets of a patient flow wait this says that there is work: its patience ends by the clock.
             work |= flow.source.arm(flow.source, ARM_PULL)

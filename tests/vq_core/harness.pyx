@@ -9,6 +9,7 @@
         .pushes, .flushes, .errors                   size of each push; number of flushes; broken rules of the contract
         .accepts, .room                              may be changed between two pushes; room None: no limit
         .on_push                                     called after each push, while its packets are still borrowed
+        .on_arm                                      called when its worker is about to sleep
 
     offload(work, feed, collect, rooms=())           pull a burst, push it through offload_push until all is dealt with
     forward(lane, feed, port, work, now_s=0)         pull a burst, and let the switch forward it
@@ -302,6 +303,10 @@ cdef void _collect_release(endpoint_t* endpoint, burst_t* burst, int count) noex
 
 
 cdef int _collect_arm(endpoint_t* endpoint, int what) noexcept nogil:
+    with gil:
+        on_arm = (<Collect>endpoint.port).on_arm
+        if on_arm is not None:
+            on_arm()
     return 0
 
 
@@ -323,6 +328,7 @@ cdef class Collect(Port):
 
     cdef public object room
     cdef public object on_push   # called without arguments after each push, if not None
+    cdef public object on_arm    # ... and at each arm
     cdef public int flushes
     cdef readonly list packets, pushes, errors
 

@@ -30,6 +30,7 @@ from engine_rig import (
 from vq_core.guest_memory import GuestMemory
 from vq_core.ports.gen import GenPort, frame
 from vq_core.ports.null import NullPort
+from vq_core.queue import wake
 from vq_core.traffic import Exchange, traffic_memory_bytes
 from vq_core.worker import Plan, Worker
 from waiting import wait_for
@@ -288,6 +289,25 @@ def test_a_source_that_holds_loses_nothing(features: int) -> None:
     assert buffers == 700  # 3,012 bytes take seven buffers
     assert got == (bytes(10) + b"\7\0" + frame(3000)) * 100
     assert guest.to_guest == {"packets": 100, "bytes": 300000, "dropped": {}}
+
+
+@every_layout
+def test_room_that_another_flow_has_seen_is_not_slept_over(harness: ModuleType, layout: int) -> None:
+    """Two sources that hold, one target: a buffer comes behind the look of the first, and the second one looks."""
+
+    def post() -> None:
+        early.on_arm = None
+        guest.post(2000)
+        guest.receiveq.publish()
+        assert harness.room(guest.port, 0) == 1
+
+    guest, early, source = Guest(VERSION_1 | layout), harness.Collect("early"), GenPort("gen", 64, 1)
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(early, 0, NullPort("null"), 0), (source, 0, guest.port, 0)]))
+        asleep(worker)
+        early.on_arm = post
+        wake(guest.port.queues)
+        wait_for(lambda: guest.to_guest["packets"] == 1)
 
 
 def test_what_a_source_holds_is_counted_when_its_flow_ends() -> None:
