@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 
-from engine_rig import MRG_RXBUF, PACKED, VERSION_1, every_layout
+from engine_rig import MRG_RXBUF, PACKED, VERSION_1, asleep, every_layout, running
 from vq_core.guest_memory import GuestMemory
 from vq_core.iotlb import Iotlb
 from vq_core.memory import MemoryMap
+from vq_core.ports.gen import GenPort
 from vq_core.ports.vhost import VhostPort
+from vq_core.queue import wake
+from vq_core.worker import Plan, Worker
+from waiting import wait_for
 
 ACCESS_PLATFORM = 1 << 33
 GPA = 0x4000_0000
@@ -138,6 +142,64 @@ def test_buffers_that_nobody_maps_are_no_work(harness: ModuleType, ring: Ring) -
     assert not harness.arm(ring.port, 0, pull=False, push=True)
     ring.iotlb.again()
     assert harness.arm(ring.port, 0, pull=False, push=True)
+
+
+@every_layout
+def test_a_receive_buffer_that_passes_the_end_of_all_addresses_breaks_its_queue(
+    harness: ModuleType, ring: Ring
+) -> None:
+    """No translation can come for it, so that waiting for one would never end."""
+    feed = harness.Feed("feed")
+    feed.add(bytes(1500))
+    ring.describe(0, (1 << 64) - 100, 2048, WRITE)
+    ring.offer(1)
+    harness.move(feed, 0, ring.port, 0)
+    assert ring.port.queues[0].broken == "address outside the guest's memory"
+
+
+@every_layout
+def test_nothing_more_is_asked_for_a_packet_that_is_too_long(harness: ModuleType, ring: Ring) -> None:
+    """One descriptor of a GiB, of which more than a packet is mapped: it would take more pages than can be kept."""
+    sink = harness.Collect("sink")
+    ring.describe(0, GPA + SIZE - (1 << 17), 1 << 30, 0, at=PAIR)
+    ring.offer(1, at=PAIR)
+    harness.move(ring.port, 0, sink, 0)
+    assert ring.iotlb.ask(64) == []
+    assert ring.used(PAIR) == 1
+    assert ring.port.queues[1].snapshot()["dropped"] == {"too_long": 1}
+
+
+@every_layout
+def test_nothing_more_is_asked_for_a_packet_in_too_many_pieces(harness: ModuleType, ring: Ring) -> None:
+    """A table whose entries lie over two pages each that are no neighbours in memory."""
+    sink = harness.Collect("sink")
+    for page in range(2):
+        ring.iotlb.update(WILD - (2 - page) * 4096, 4096, TABLES + (1 << 20) + 2 * page * 4096, 3, guest_addresses=True)
+    ring.table(TABLES, [(WILD - 4097, 2, 0)] * 1023 + [(WILD, 1, 0)])
+    ring.describe(0, TABLES, 16 * 1024, INDIRECT, at=PAIR)
+    ring.offer(1, at=PAIR)
+    harness.move(ring.port, 0, sink, 0)
+    assert ring.iotlb.ask(64) == []
+    assert ring.used(PAIR) == 1
+    assert ring.port.queues[1].snapshot()["dropped"] == {"segments": 1}
+
+
+@every_layout
+def test_what_a_look_ahead_has_found_is_work_for_who_waits_for_room(harness: ModuleType, ring: Ring) -> None:
+    """A driver that has not been asked for a kick posts a buffer in the moment in which its worker goes to sleep."""
+
+    def post() -> None:
+        early.on_arm = None
+        ring.describe(0, TABLES, 2048, WRITE)
+        ring.offer(1)
+
+    early, sink, source = harness.Collect("early"), harness.Collect("sink"), GenPort("gen", 64, 1)
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(early, 0, sink, 0), (ring.port, 0, sink, 0), (source, 0, ring.port, 0)]))
+        asleep(worker)
+        early.on_arm = post
+        wake(ring.port.queues)
+        wait_for(lambda: ring.used() == 1)
 
 
 @every_layout

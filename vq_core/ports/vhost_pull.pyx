@@ -65,9 +65,9 @@ cdef int _pull_chain(queue_t* queue, burst_t* burst, packet_t* packet, chain_t* 
         if addr + left < addr:
             queue_break(queue, BROKEN_ADDRESS, chain.id)
             return BROKE
-        if length > PACKET_MAX and queue.iotlb != NULL:
-            continue             # it will be dropped: nothing more of it is asked for
         while left > 0:
+            if queue.iotlb != NULL and (length > PACKET_MAX or segments > SEGMENTS_MAX):
+                break            # it will be dropped: nothing more of it is asked for
             host = queue_translate_part(queue, addr, left, IOTLB_READ, &part, &ignored)
             if host == NULL:
                 queue_fail(queue, queue_absent(queue), chain.id)
