@@ -9,6 +9,8 @@ Spec: vhost-user, "IOMMU support".
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -64,7 +66,7 @@ class Translation:
         self._relog = relog
         self._warn = warn
         self._features = 0
-        self._timing = False
+        self._due = math.inf  # when the timer expires
 
     def fileno(self) -> int:
         """The descriptor that is readable when something is missing; `timer` is another to wait for."""
@@ -178,7 +180,7 @@ class Translation:
     def take(self) -> list[tuple[int, int]]:
         """Questions to put to the front-end: (iova, perm); each is open until an UPDATE answers it or it is too old."""
         questions = self.iotlb.ask(OPEN_MAX)
-        if questions and not self._timing:
+        if questions and self._due == math.inf:
             self._set_timer()
         return questions
 
@@ -189,6 +191,7 @@ class Translation:
     def expire(self) -> None:
         """Forget questions that were not answered in time; who still misses something asks anew."""
         self.timer.clear()
+        self._due = math.inf
         if self.iotlb.expire(PATIENCE_S):
             self.iotlb.again()
             if self.iotlb.crowded:
@@ -198,7 +201,11 @@ class Translation:
         self._set_timer()
 
     def _set_timer(self) -> None:
-        """Come back when the oldest question is too old."""
-        self._timing = self.iotlb.open > 0
-        if self._timing:
-            self.timer.set(max(SOONEST_S, PATIENCE_S - self.iotlb.age))
+        """Come back when the oldest question is too old; that is never put off, however often it is asked for."""
+        if self.iotlb.open == 0:
+            return
+        now = time.monotonic()
+        due = now + max(SOONEST_S, PATIENCE_S - self.iotlb.age)
+        if due < self._due:
+            self._due = due
+            self.timer.set(due - now)

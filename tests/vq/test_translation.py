@@ -145,6 +145,22 @@ def test_a_question_that_was_too_early_is_put_again_after_an_invalidation(path: 
         assert time.monotonic() - begin < PATIENCE_S / 2
 
 
+def test_a_storm_of_invalidations_does_not_put_a_question_off(path: str, pump: Pump) -> None:
+    """A guest in full flow has its whole space flushed hundreds of times a second."""
+    with IommuGuest(path) as guest:
+        echo(guest, b"known")
+        hidden = guest.memory.alloc(PAGE, PAGE)
+        guest.iommu.pages.pop(hidden.guest_addr // PAGE)
+        guest.transmitqs[0].add([bytes(12), (hidden.guest_addr, 100)])
+        guest.transmitqs[0].kick()
+        guest.serve(lambda: hidden.guest_addr in (iova for iova, _ in guest.iommu.missed))
+        guest.iommu.missed.clear()
+        end = time.monotonic() + 5 * PATIENCE_S
+        while hidden.guest_addr not in (iova for iova, _ in guest.iommu.missed):
+            assert time.monotonic() < end, "the question is not put again"
+            guest.iommu.invalidate(hidden.guest_addr, PAGE)
+
+
 def _stands(worker: object) -> bool:
     before = worker.snapshot()["rounds"]  # type: ignore[attr-defined]
     time.sleep(0.05)
