@@ -12,6 +12,7 @@ from vq import virtio as v
 from vq.errors import FrontendError
 from vq.message import Message
 from vq.payload import Inflight
+from vq.shared_file import check_memory_file
 
 if TYPE_CHECKING:
     from vq.session import Session
@@ -41,6 +42,7 @@ def set_inflight_fd(session: Session, message: Message) -> None:
     if not session.suspended:
         limit = "a started ring keeps its region; stop all rings with GET_VRING_BASE first"
         raise FrontendError(message.name, "rings", "started", limit)
+    check_memory_file(message.name, message.fds[0])
     session.apply(e.SetInflight(message.fds[0], *region, packed=bool(session.packed)))
     session.has_inflight = True
 

@@ -1,4 +1,4 @@
-"""Whether a file that a front-end sends may hold memory: guest memory, or a dirty log.
+"""Whether a file that a front-end sends may hold memory: of the guest, a dirty log, or an in-flight region.
 
 Looking at a file, mapping it and touching its pages can take as long as the file system likes, and a file system in
 user space or on a network likes what its server likes, which may be the front-end. So a file is taken when the kernel

@@ -16,6 +16,7 @@ import reference_inflight as reference
 from blk_rig import IN, OUT, header, make_file
 from disk_rig import VERSION_1, serving
 from engine_rig import RING_PACKED, every_layout
+from vq import shared_file
 from vq import virtio as v
 from vq.errors import BackendError, ConnectionClosed, UsageError
 from vq.frontend import Frontend, RingSetup
@@ -146,6 +147,18 @@ def test_region_of_no_good_shape_is_not_made(tmp_path: Path) -> None:
             assert (reply, fd) == (Inflight(0, 0, queues, size), None)
             with pytest.raises(BackendError, match="none of this shape"):
                 guest.frontend.get_inflight(queues, size)
+
+
+def test_region_lies_in_a_file_that_nobody_can_withhold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read by the control thread when a ring starts, and written to by the worker for each request."""
+    size = inflight_bytes(1, SIZE, False)
+    (tmp_path / "region").write_bytes(bytes(size))
+    with guest_on(tmp_path, VERSION_1) as guest, (tmp_path / "region").open("r+b") as region:
+        monkeypatch.setattr(shared_file, "_file_system", lambda fd: "fuse.sshfs")
+        with pytest.raises(BackendError, match="refused"):
+            guest.frontend.set_inflight(Inflight(size, 0, 1, SIZE), region.fileno())
+        monkeypatch.setattr(shared_file, "_file_system", lambda fd: "xfs")
+        guest.frontend.set_inflight(Inflight(size, 0, 1, SIZE), region.fileno())
 
 
 @pytest.mark.shows("SET_INFLIGHT_FD", "VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD")
