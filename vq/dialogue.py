@@ -12,7 +12,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, Self
 
@@ -162,6 +162,22 @@ class Dialogue(Closing):
         while message is None:
             message = self._receive_or_serve(end, timeout or self.timeout)
         return message
+
+    def replies(self, timeout: float | None = None) -> Iterator[Message]:
+        """Give whatever comes, however much it is, until the time for all of it is over.
+
+        Raises
+        ------
+        BackendError, ConnectionClosed
+            As `receive`, but for the time.
+        """
+        end = time.monotonic() + (self.timeout if timeout is None else timeout)
+        while (left := end - time.monotonic()) > 0:
+            message = self._connection.receive()
+            if message is None:
+                self._wait(left)
+            else:
+                yield message
 
     def _receive_or_serve(self, end: float, timeout: float) -> Message | None:
         """Wait for something to come and take it: a reply, or requests of the back-end, which are served."""
@@ -337,8 +353,9 @@ class Dialogue(Closing):
     def wait_closed(self, timeout: float | None = None) -> bool:
         """Tell whether the back-end closes the connection in time; replies on the way are thrown away."""
         try:
-            while True:
-                self.receive(timeout).close()
+            for message in self.replies(timeout):
+                message.close()
+            return False
         except ConnectionClosed:
             return True
         except BackendError as problem:

@@ -8,7 +8,9 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +19,12 @@ import pytest
 from vhost_rig import NET_FEATURES, NET_PROTOCOL_FEATURES, PAGE, SPLIT, BackendThread, addresses, memfd, raw, region
 from vq import effects as e
 from vq import virtio as v
+from vq.check.verdict import settled
 from vq.endpoint import Connector, listen
-from vq.errors import BackendError, ConnectionClosed, FrontendError, ResourceError, UsageError
+from vq.errors import BackendError, ConnectionClosed, FrontendError, ResourceError, UsageError, VqError
 from vq.frontend import Frontend, RingSetup
-from vq.message import HEADER, NEED_REPLY, VERSION, Request
+from vq.iommu import MISS, READ, Iommu
+from vq.message import HEADER, NEED_REPLY, VERSION, BackendRequest, Request
 from vq.payload import Inflight, VringState
 
 LOG_ALL = v.mask(v.VHOST_F_LOG_ALL)
@@ -196,6 +200,62 @@ def test_silence_ends_in_time(no_fd_is_left: None) -> None:
         frontend.request(Request.GET_FEATURES)
     done.set()
     thread.join(5)
+
+
+def gush(peer: socket.socket, _: bytes) -> None:
+    """Answer the same again and again, until nobody listens any more."""
+    with suppress(OSError):
+        while True:
+            peer.sendall(raw(Request.SET_OWNER, bytes(8), flags=5))
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize("wait", [Frontend.wait_closed, settled], ids=["wait_closed", "settled"])
+def test_answers_without_end_end_in_time(no_fd_is_left: None, wait: Callable[[Frontend], object]) -> None:
+    frontend, thread = lie(gush)
+
+    def run() -> None:
+        with suppress(VqError):
+            wait(frontend)
+
+    frontend.send(Request.GET_FEATURES)
+    waiter = threading.Thread(target=run, daemon=True)
+    waiter.start()
+    waiter.join(20 * frontend.timeout)
+    assert not waiter.is_alive()
+    frontend.close()
+    thread.join(5)
+
+
+def test_questions_without_end_are_not_answered_without_end(no_fd_is_left: None) -> None:
+    """For each answer of the IOMMU the back-end asks twice."""
+    ours, theirs = socket.socketpair()
+    channel: list[int] = []
+
+    def run() -> None:
+        ask = HEADER.pack(BackendRequest.IOTLB_MSG, VERSION, 32) + struct.pack("=3QBB6x", PAGE, 0, 0, READ, MISS)
+        with theirs, suppress(OSError):
+            while request := socket.recv_fds(theirs, 4096, 1):
+                if not request[0]:
+                    break
+                channel.extend(request[1])
+                os.write(channel[0], ask + ask)
+                theirs.sendall(raw(struct.unpack_from("=I", request[0])[0], bytes(8), flags=5))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    with Frontend.adopt(ours, timeout=0.2) as frontend:
+        frontend.protocol_features = v.mask(v.VHOST_USER_PROTOCOL_F_BACKEND_REQ, v.VHOST_USER_PROTOCOL_F_REPLY_ACK)
+        frontend.features = v.mask(v.VIRTIO_F_ACCESS_PLATFORM)
+        iommu = Iommu(frontend)
+        iommu.map(PAGE, PAGE, PAGE)
+        asker = threading.Thread(target=frontend.serve, args=(lambda: False, 0.2), daemon=True)
+        asker.start()
+        asker.join(10 * frontend.timeout)
+        assert not asker.is_alive()
+        assert iommu.missed
+    thread.join(5)
+    os.close(channel[0])
 
 
 def test_backend_that_reads_nothing_ends_in_time(no_fd_is_left: None) -> None:

@@ -123,8 +123,8 @@ def settled(frontend: Frontend) -> str:
     """Insist that a connection, whatever was sent on it, still answers or has ended; tells which."""
     try:
         frontend.send(Request.GET_FEATURES)
-        while True:
-            with closing(frontend.receive()) as message:
+        for reply in frontend.replies():
+            with closing(reply) as message:
                 if message.request == Request.GET_FEATURES:
                     return "connection kept"
     except ConnectionClosed:
@@ -133,3 +133,4 @@ def settled(frontend: Frontend) -> str:
         if problem.field == "stream":
             return str(Verdict.CLOSED)
         raise Failed(f"the connection neither answers nor ends ({problem})") from problem
+    raise Failed("the connection neither answers nor ends")

@@ -20,15 +20,14 @@ def _sent(target: Target, data: bytes) -> str:
         frontend.send_bytes(data)
         frontend.end_sending()
         try:
-            while True:
-                frontend.receive().close()
+            for message in frontend.replies():
+                message.close()
         except ConnectionClosed:
             return Verdict.CLOSED
         except BackendError as problem:
-            if problem.field == "time":
-                raise Failed("the connection stays open after its end") from problem
             # Which form an answer to nonsense has is nobody's concern.
             return Verdict.CLOSED if problem.field == "stream" else Verdict.ANSWERED
+    raise Failed("the connection stays open after its end")
 
 
 @check(SECTION)
