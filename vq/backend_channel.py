@@ -102,6 +102,7 @@ class BackendChannel:
                 self._queue.dispatch()
             except (VqError, OSError) as error:
                 self._give_up(error)
+            self.flush()  # there may be room now for what is due
 
     def flush(self) -> None:
         """Say what can be said now: a ring may have been started, a feature negotiated."""
@@ -111,9 +112,7 @@ class BackendChannel:
         if self._config_due:
             self._config_due = False
             if self.can_send(BackendRequest.CONFIG_CHANGE_MSG):
-                # Whoever has not answered so far shall know at least.
-                need_reply = not self._queue.overdue
-                self.send(BackendRequest.CONFIG_CHANGE_MSG, need_reply=need_reply, done=self._config_told)
+                self._tell_config()
         self.objects.announce()
         try:
             if self._queue is not None:
@@ -236,6 +235,14 @@ class BackendChannel:
         """
         self._config_due = self._session is not None
         self.flush()
+
+    def _tell_config(self) -> None:
+        assert self._queue is not None
+        need_reply = not self._queue.overdue  # whoever has not answered so far shall know at least
+        try:
+            self.send(BackendRequest.CONFIG_CHANGE_MSG, need_reply=need_reply, done=self._config_told)
+        except ResourceError:  # too much waits for a front-end that reads nothing
+            self._config_due = True
 
     def _config_told(self, failure: VqError | None, _fd: int | None) -> None:
         if isinstance(failure, ResourceError):  # it has not been sent, or nobody knows

@@ -204,6 +204,23 @@ def test_who_never_answers_keeps_back_only_questions(
     assert len(first.calls) == 1
 
 
+def test_a_change_that_cannot_be_told_for_want_of_room_is_told_later(
+    hosted: Hosted, peer: Peer, raw: RawChannel
+) -> None:
+    """Whoever changes the device must not suffer from a front-end that reads nothing."""
+    peer.start()
+    for number in range(request_queue.QUEUE_MAX + 1):  # all behind the first one, which is not answered
+        hosted.send(B.VRING_CALL, VringState(number, 0), need_reply=True)
+    with pytest.raises(ResourceError, match="requests wait already"):
+        hosted.send(B.VRING_CALL, VringState(number + 1, 0))
+    hosted.call(hosted.device.config_changed)
+    seen = []
+    while B.CONFIG_CHANGE_MSG not in seen:
+        seen.append(raw.take()[0])
+        raw.answer(seen[-1])
+    assert len(seen) <= request_queue.QUEUE_MAX + 2
+
+
 def test_end_of_stream_ends_the_channel(hosted: Hosted, peer: Peer, raw: RawChannel) -> None:
     peer.start()
     outcome = Outcome()
