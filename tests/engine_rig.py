@@ -205,3 +205,10 @@ def asleep(worker: Worker, seconds: float = 5.0) -> None:
         before = rounds
         assert time.monotonic() < end, "the worker does not go to sleep"
         time.sleep(0.02)
+
+
+def send_chain(guest: Guest, data: bytes, descriptors: int) -> None:
+    """A packet in so many descriptors: the header shares the first one."""
+    data = bytes(guest.header_bytes) + data
+    cuts = [guest.header_bytes + 1 + i for i in range(descriptors - 1)]
+    guest.transmitq.add([data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)])

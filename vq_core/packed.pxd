@@ -226,23 +226,23 @@ cdef inline void packed_use_move(packed_t* ring, uint64_t element) noexcept nogi
         ring.used_flags ^= PACKED_WRAP_BITS
     ring.used_slot = <uint16_t>slot
 
-cdef inline void packed_mark_tails(packed_t* ring, uint16_t slot, uint16_t flags, uint16_t first,
-                                   uint16_t position) noexcept nogil:
-    """Write the used mark into the later slots of the chains from `first` to `position`; `slot`, `flags`: their place.
+cdef inline void packed_mark_tail(packed_t* ring, uint16_t slot, uint16_t flags) noexcept nogil:
+    """Write the used mark into a slot behind the first one of its chain; its other flags stay.
 
-    No driver looks at these slots before it writes them anew. But a device that starts after a crash finds its place
-    by the USED bits, and they tell it only if every slot that was used has the mark of its lap.
+    No driver looks at such a slot before it writes it anew. But a device that starts after a crash finds its place by
+    the USED bits, and they tell it only if every slot that was used has the mark of its lap; how far a chain goes that
+    is marked in part, it sees by NEXT.
     """
-    cdef uint16_t i, slots
-    while first != position:
-        slots = <uint16_t>(ring.elements[first & ring.mask] >> 48)
-        for i in range(slots):
-            if i != 0:
-                vq_store_u16(&ring.desc[slot].flags, flags)
-            slot = packed_following(ring, slot)
-            if slot == 0:
-                flags ^= PACKED_WRAP_BITS
-        first += 1
+    vq_store_u16(&ring.desc[slot].flags, vq_load_u16(&ring.desc[slot].flags) & PACKED_WORK_BITS | flags)
+
+cdef inline void packed_mark_tails(packed_t* ring, uint16_t slot, uint16_t flags, uint32_t slots) noexcept nogil:
+    """Mark the later ones of the slots of a chain, whose first is `slot` and gets `flags`."""
+    while slots > 1:
+        slot = packed_following(ring, slot)
+        if slot == 0:
+            flags ^= PACKED_WRAP_BITS
+        packed_mark_tail(ring, slot, flags)
+        slots -= 1
 
 cdef inline void packed_publish_batch(packed_t* ring, uint16_t position) noexcept nogil:
     """Expose all used elements before `position` by one descriptor, that of the last (2.8.7; IN_ORDER, no lengths)."""
@@ -256,11 +256,15 @@ cdef inline void packed_publish_batch(packed_t* ring, uint16_t position) noexcep
     vq_store_release_u64(&first.len, element & <uint64_t>0xffff00000000 | flags << 48)
 
 cdef inline void packed_publish(packed_t* ring, uint16_t position) noexcept nogil:
-    """Expose all used elements before `position`; the first of them last, so that the driver sees them all at once."""
+    """Expose all used elements before `position`; the first of them last, so that the driver sees them all at once.
+
+    The others go in the order of the ring, the later slots of a chain before its first: `packed_place` goes on from
+    any moment of this.
+    """
     cdef virtq_packed_desc_t* first = &ring.desc[ring.used_slot]
     cdef uint64_t element, word
-    cdef uint16_t begin = ring.shadow_used, slot = ring.used_slot, flags = ring.used_flags
-    cdef uint32_t moved = ring.moved
+    cdef uint16_t slot = ring.used_slot, flags = ring.used_flags
+    cdef uint32_t slots
     if ring.shadow_used == position:
         return
     if ring.batch:
@@ -268,15 +272,18 @@ cdef inline void packed_publish(packed_t* ring, uint16_t position) noexcept nogi
         return
     element = ring.elements[ring.shadow_used & ring.mask]
     word = packed_used_word(ring, element)
+    slots = <uint32_t>(element >> 48)
     packed_use_move(ring, element)
     ring.shadow_used += 1
     while ring.shadow_used != position:
         element = ring.elements[ring.shadow_used & ring.mask]
+        if element >> 49:                            # more than one slot
+            packed_mark_tails(ring, ring.used_slot, ring.used_flags, <uint32_t>(element >> 48))
         vq_store_u64(&ring.desc[ring.used_slot].len, packed_used_word(ring, element))
         packed_use_move(ring, element)
         ring.shadow_used += 1
-    if ring.moved - moved != <uint16_t>(position - begin):
-        packed_mark_tails(ring, slot, flags, begin, position)
+    if slots > 1:
+        packed_mark_tails(ring, slot, flags, slots)
     # Release: pairs with the driver's acquire of the flags; other elements, buffers and log bits stand before it.
     vq_store_release_u64(&first.len, word)
 

@@ -77,10 +77,13 @@ cdef void _decide_life(queue_t* queue) noexcept nogil:
 cdef void queue_place(queue_t* queue) noexcept nogil:
     cdef split_t* split = &queue.ring.split
     cdef uint32_t what = queue.unplaced
+    cdef uint16_t begin, exposed
     queue.unplaced = 0
     if queue.ring.is_packed:
         if what & PLACE_AVAIL:
-            packed_place(&queue.ring.packed)
+            exposed = packed_place(&queue.ring.packed, &begin)
+            if queue.log != NULL and queue.log_ring:
+                queue_log_used(queue, True, begin, exposed)
     elif what & PLACE_USED:
         split.next_used = split.shadow_used = split.signalled_used = vq_load_u16(&split.used.idx)  # read once
         if what & PLACE_AVAIL:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from engine_rig import IN_ORDER, PACKED, Guest, pattern
+from engine_rig import IN_ORDER, PACKED, Guest, pattern, send_chain
 from vq_core.guest_memory import GuestMemory
 
 BEGINNING = 0x8000_8000  # what QEMU says for a ring whose back-end is gone
@@ -25,13 +25,6 @@ def memory() -> GuestMemory:
 
 def packed(memory: GuestMemory | None = None, features: int = 0, size: int = 64) -> Guest:
     return Guest(PACKED | features, size=size, memory=memory)
-
-
-def send_chain(guest: Guest, data: bytes, descriptors: int) -> None:
-    """A packet in so many descriptors: the header shares the first one."""
-    data = bytes(guest.header_bytes) + data
-    cuts = [guest.header_bytes + 1 + i for i in range(descriptors - 1)]
-    guest.transmitq.add([data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)])
 
 
 @pytest.mark.parametrize("size", [16, 17])
