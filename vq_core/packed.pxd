@@ -14,7 +14,8 @@ Owner: the worker that owns the queue. Invariant: next_used - shadow_used <= num
 """
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from vq_core.arch cimport (vq_fence, vq_load_acquire_u64, vq_load_u16, vq_load_u32, vq_load_u64, vq_prefetch,
-                           vq_store_release_u16, vq_store_release_u64, vq_store_u16, vq_store_u64)
+                           vq_store_release_u16, vq_store_release_u32, vq_store_release_u64, vq_store_u16,
+                           vq_store_u64)
 from vq_core.cursor cimport cursor_t
 from vq_core.virtio cimport (VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE, VIRTQ_PACKED_DESC_F_AVAIL,
                              VIRTQ_PACKED_DESC_F_USED, VIRTQ_PACKED_EVENT_FLAG_DESC, VIRTQ_PACKED_EVENT_FLAG_DISABLE,
@@ -255,6 +256,15 @@ cdef inline void packed_publish_batch(packed_t* ring, uint16_t position) noexcep
     # Release: pairs with the driver's acquire of the flags; what was read from its buffers stands before it.
     vq_store_release_u64(&first.len, element & <uint64_t>0xffff00000000 | flags << 48)
 
+cdef inline void packed_publish_next(packed_t* ring) noexcept nogil:
+    """Write the next used element into its slots."""
+    cdef uint64_t element = ring.elements[ring.shadow_used & ring.mask]
+    if element >> 49:                                # more than one slot
+        packed_mark_tails(ring, ring.used_slot, ring.used_flags, <uint32_t>(element >> 48))
+    vq_store_u64(&ring.desc[ring.used_slot].len, packed_used_word(ring, element))
+    packed_use_move(ring, element)
+    ring.shadow_used += 1
+
 cdef inline void packed_publish(packed_t* ring, uint16_t position) noexcept nogil:
     """Expose all used elements before `position`; the first of them last, so that the driver sees them all at once.
 
@@ -275,13 +285,13 @@ cdef inline void packed_publish(packed_t* ring, uint16_t position) noexcept nogi
     slots = <uint32_t>(element >> 48)
     packed_use_move(ring, element)
     ring.shadow_used += 1
+    if ring.shadow_used != position:
+        packed_publish_next(ring)
+        if slots == 1 and <uint32_t>word:
+            # From now on `packed_place` would expose the first one, and needs to know its length.
+            vq_store_release_u32(&first.len, <uint32_t>word)
     while ring.shadow_used != position:
-        element = ring.elements[ring.shadow_used & ring.mask]
-        if element >> 49:                            # more than one slot
-            packed_mark_tails(ring, ring.used_slot, ring.used_flags, <uint32_t>(element >> 48))
-        vq_store_u64(&ring.desc[ring.used_slot].len, packed_used_word(ring, element))
-        packed_use_move(ring, element)
-        ring.shadow_used += 1
+        packed_publish_next(ring)
     if slots > 1:
         packed_mark_tails(ring, slot, flags, slots)
     # Release: pairs with the driver's acquire of the flags; other elements, buffers and log bits stand before it.

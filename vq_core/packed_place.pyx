@@ -134,9 +134,9 @@ cdef uint16_t _find(packed_t* ring, place_t* place) noexcept nogil:
     batch, and the others keep their bits: such a ring (`batch`) is not asked; only an in-flight region would know.
 
     A device that ended while it exposed a burst has left used descriptors behind one that is still available, which the
-    driver waits for. What they were made of is overwritten, and they are done; so is the one before them: only its
-    length is lost. Such a burst is exposed as it would have been, the first buffer with all of its length: exact when
-    its packet goes on in the next one, else with a rest behind the packet that no protocol looks at.
+    driver waits for. What they were made of is overwritten, and they are done; so is the one before them, and it is
+    exposed as it would have been: its descriptor has the length that was used, or if the device had not come that far,
+    or the buffer has more slots, that of the buffer. Then a rest follows the packet.
 
     Returns how many slots were exposed.
     """
