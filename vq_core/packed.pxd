@@ -236,14 +236,19 @@ cdef inline void packed_mark_tail(packed_t* ring, uint16_t slot, uint16_t flags)
     """
     vq_store_u16(&ring.desc[slot].flags, vq_load_u16(&ring.desc[slot].flags) & PACKED_WORK_BITS | flags)
 
-cdef inline void packed_mark_tails(packed_t* ring, uint16_t slot, uint16_t flags, uint32_t slots) noexcept nogil:
-    """Mark the later ones of the slots of a chain, whose first is `slot` and gets `flags`."""
-    while slots > 1:
+cdef inline void packed_mark_tails(packed_t* ring, uint16_t slot, uint16_t flags, uint64_t element) noexcept nogil:
+    """Mark the later slots of a chain whose first is `slot` and gets `flags`: its used element, before it is published.
+
+    Whoever has to publish it instead finds the length in the first slot as soon as the second one is marked.
+    """
+    cdef uint16_t head = slot, i
+    for i in range(1, <uint16_t>(element >> 48)):
         slot = packed_following(ring, slot)
         if slot == 0:
             flags ^= PACKED_WRAP_BITS
         packed_mark_tail(ring, slot, flags)
-        slots -= 1
+        if i == 1:
+            vq_store_release_u32(&ring.desc[head].len, <uint32_t>element)
 
 cdef inline void packed_publish_batch(packed_t* ring, uint16_t position) noexcept nogil:
     """Expose all used elements before `position` by one descriptor, that of the last (2.8.7; IN_ORDER, no lengths)."""
@@ -260,7 +265,7 @@ cdef inline void packed_publish_next(packed_t* ring) noexcept nogil:
     """Write the next used element into its slots."""
     cdef uint64_t element = ring.elements[ring.shadow_used & ring.mask]
     if element >> 49:                                # more than one slot
-        packed_mark_tails(ring, ring.used_slot, ring.used_flags, <uint32_t>(element >> 48))
+        packed_mark_tails(ring, ring.used_slot, ring.used_flags, element)
     vq_store_u64(&ring.desc[ring.used_slot].len, packed_used_word(ring, element))
     packed_use_move(ring, element)
     ring.shadow_used += 1
@@ -274,7 +279,6 @@ cdef inline void packed_publish(packed_t* ring, uint16_t position) noexcept nogi
     cdef virtq_packed_desc_t* first = &ring.desc[ring.used_slot]
     cdef uint64_t element, word
     cdef uint16_t slot = ring.used_slot, flags = ring.used_flags
-    cdef uint32_t slots
     if ring.shadow_used == position:
         return
     if ring.batch:
@@ -282,18 +286,17 @@ cdef inline void packed_publish(packed_t* ring, uint16_t position) noexcept nogi
         return
     element = ring.elements[ring.shadow_used & ring.mask]
     word = packed_used_word(ring, element)
-    slots = <uint32_t>(element >> 48)
     packed_use_move(ring, element)
     ring.shadow_used += 1
     if ring.shadow_used != position:
         packed_publish_next(ring)
-        if slots == 1 and <uint32_t>word:
-            # From now on `packed_place` would expose the first one, and needs to know its length.
-            vq_store_release_u32(&first.len, <uint32_t>word)
+        if <uint32_t>element and not element >> 49:
+            # From now on `packed_place` would publish the first one, and needs to know its length.
+            vq_store_release_u32(&first.len, <uint32_t>element)
+    if element >> 49:
+        packed_mark_tails(ring, slot, flags, element)
     while ring.shadow_used != position:
         packed_publish_next(ring)
-    if slots > 1:
-        packed_mark_tails(ring, slot, flags, slots)
     # Release: pairs with the driver's acquire of the flags; other elements, buffers and log bits stand before it.
     vq_store_release_u64(&first.len, word)
 

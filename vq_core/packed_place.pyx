@@ -23,7 +23,7 @@ cdef struct unfinished_t:
     place_t head
     uint16_t slots
     uint16_t id                  # of the buffer
-    uint32_t length              # of all device-writable descriptors
+    uint32_t length              # that was used, as far as that is known; else of all device-writable descriptors
 
 cdef enum:
     AVAIL = VIRTQ_PACKED_DESC_F_AVAIL
@@ -68,7 +68,9 @@ cdef place_t _unmarked(packed_t* ring, uint16_t slot) noexcept nogil:
 cdef bint _read_unfinished(packed_t* ring, place_t* at, int most, unfinished_t* chain) noexcept nogil:
     """Read a chain that was not marked as used, and go on behind it; False if it has more than `most` slots."""
     cdef uint64_t word = 0, length = 0
+    cdef uint32_t said = 0
     cdef uint16_t flags = VIRTQ_DESC_F_NEXT
+    cdef bint marked = False
     chain.head = at[0]
     chain.slots = 0
     while flags & VIRTQ_DESC_F_NEXT:
@@ -78,10 +80,14 @@ cdef bint _read_unfinished(packed_t* ring, place_t* at, int most, unfinished_t* 
         flags = <uint16_t>(word >> 48)
         if flags & VIRTQ_DESC_F_WRITE:
             length += <uint32_t>word
+        if chain.slots == 0:
+            said = <uint32_t>word
+        elif chain.slots == 1:
+            marked = (flags & USED != 0) == at.wrap
         chain.slots += 1
         _advance(ring, at)
     chain.id = <uint16_t>(word >> 32)
-    chain.length = <uint32_t>min(length, <uint64_t>0xffffffff)
+    chain.length = said if marked and length else <uint32_t>min(length, <uint64_t>0xffffffff)
     return True
 
 
@@ -89,9 +95,10 @@ cdef void _finish(packed_t* ring, unfinished_t* chain) noexcept nogil:
     """Use a chain, as `packed_publish` would have."""
     cdef uint16_t marks = PACKED_WRAP_BITS if chain.head.wrap else 0
     cdef uint64_t flags = marks | (VIRTQ_DESC_F_WRITE if chain.length else 0)
-    packed_mark_tails(ring, chain.head.slot, marks, chain.slots)
+    cdef uint64_t rest = chain.length | <uint64_t>chain.id << 32
+    packed_mark_tails(ring, chain.head.slot, marks, rest | <uint64_t>chain.slots << 48)
     # Release: pairs with the driver's acquire of the flags; all other used descriptors stand before it.
-    vq_store_release_u64(&ring.desc[chain.head.slot].len, chain.length | <uint64_t>chain.id << 32 | flags << 48)
+    vq_store_release_u64(&ring.desc[chain.head.slot].len, rest | flags << 48)
 
 
 cdef int _walk(packed_t* ring, place_t begin, int distance, bint finish) noexcept nogil:
@@ -135,8 +142,8 @@ cdef uint16_t _find(packed_t* ring, place_t* place) noexcept nogil:
 
     A device that ended while it exposed a burst has left used descriptors behind one that is still available, which the
     driver waits for. What they were made of is overwritten, and they are done; so is the one before them, and it is
-    exposed as it would have been: its descriptor has the length that was used, or if the device had not come that far,
-    or the buffer has more slots, that of the buffer. Then a rest follows the packet.
+    exposed as it would have been. One store after another says its length as well; whoever died just between the two
+    leaves a packet with a rest behind it.
 
     Returns how many slots were exposed.
     """

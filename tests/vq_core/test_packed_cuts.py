@@ -130,14 +130,20 @@ def test_each_store_of_a_receiveq(harness: ModuleType, place: int, burst: Sequen
     assert whole == (len(burst) > 1)
 
 
-def test_each_store_of_a_receiveq_with_chains(harness: ModuleType) -> None:
-    """Each buffer is used once; the length of one that was not exposed is not known."""
-    world = Receiver(harness, 4, [3, 2, 2])
+@pytest.mark.parametrize(("burst", "whole"), [([3, 2, 2], 5), ([3], 1), ([2], 1)])
+def test_each_store_of_a_receiveq_with_chains(harness: ModuleType, burst: Sequence[int], whole: int) -> None:
+    """Here the mark of the second slot and the length in the first are the two stores."""
+    world = Receiver(harness, 6, burst)
     seen = list(states(world.act, lambda: bytes(world.ring)))
     world.close()
-    assert len(seen) > 7
+    assert len(seen) > sum(burst)
+    wrong = []
     for state in seen:
-        before, after = used_after(Receiver(harness, 4, [3, 2, 2]), state)
+        before, after = used_after(Receiver(harness, 6, burst), state)
         used = before + after
-        assert len(used) == 3
-        assert all(length in (21, most) for length, most in zip(used, (64, 52, 52), strict=True))
+        assert len(used) == len(burst)
+        if used != [21] * len(burst):
+            wrong.append(used)
+    for used in wrong:
+        assert all(length in (12, 21, 40, 52, 64) for length in used)  # what was used, or all there is
+    assert len(wrong) <= whole
