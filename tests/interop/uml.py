@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import subprocess
 import time
 from pathlib import Path
 
@@ -41,7 +42,10 @@ class UmlGuest(Station):
             *("con0=fd:0,fd:1", "con=null", "ssl=null", "quiet", "loglevel=4", "net.ifnames=0"),
             *("vq_port=/dev/console", f"virtio_uml.device={sock}:1"),
         ]
-        self.child = Child(self.name, [str(program), *words], scratch)
+        library = folder / "uml_ptrace.so"
+        source = Path(__file__).with_name("uml_ptrace.c")
+        subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
+        self.child = Child(self.name, ["env", f"LD_PRELOAD={library}", str(program), *words], scratch)
 
     def wait_booted(self) -> None:
         """Wait until it obeys commands."""
