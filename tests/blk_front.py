@@ -79,7 +79,7 @@ class Guest:
     """A front-end with one running request queue, and a back-end channel."""
 
     def __init__(self, path: str, features: int = USUAL, protocol: int = PROTOCOL, *, channel: bool = True) -> None:
-        self.frontend = Frontend.connect(path, timeout=10)
+        self.frontend = Frontend.connect(path, timeout=60)
         self.features = self.frontend.negotiate(features, protocol)
         self.ours, theirs = socket.socketpair()
         self.ours.settimeout(10)

@@ -53,7 +53,7 @@ class DiskGuest:
     protocol = PROTOCOL
 
     def __init__(self, path: str, features: int, memory: GuestMemory) -> None:
-        self.frontend = Frontend.connect(path, timeout=10)
+        self.frontend = Frontend.connect(path, timeout=60)
         self.features = self.frontend.negotiate(features, self.protocol)
         self.frontend.set_features(self.features)
         self.memory = memory

@@ -36,7 +36,7 @@ class IommuGuest(Guest):
         protocol: int = IOMMU_PROTOCOL,
         **options: Any,
     ) -> None:
-        self.frontend = Frontend.connect(path, timeout=20)
+        self.frontend = Frontend.connect(path, timeout=60)
         self.features = self.frontend.negotiate(features | ACCESS_PLATFORM, protocol)
         self.frontend.set_features(self.features)
         self.iommu = Iommu(self.frontend)

@@ -209,7 +209,7 @@ def pumping(*ports: str | Sequence[str], cpus: Sequence[int] | None = None, poll
 
     thread = threading.Thread(target=loop, name="test-pump", daemon=True)
     thread.start()
-    pump = box.get(timeout=20)
+    pump = box.get(timeout=60)
     if isinstance(pump, BaseException):
         raise pump
     try:

@@ -68,7 +68,7 @@ def test_serves_until_a_signal(tmp_path: Path, end: signal.Signals) -> None:
         wait_for(lambda: frontend.get_config(0, 8) == (16).to_bytes(8, "little"))
         frontend.close()
         child.send_signal(end)
-        output, _ = child.communicate(timeout=20)
+        output, _ = child.communicate(timeout=120)
     assert child.returncode == 0
     report = json.loads(output)
     assert report["capacity"] == 8192

@@ -20,7 +20,7 @@ from waiting import wait_for
 COMMAND = [sys.executable, "-m", "vq", "check"]
 
 
-def call(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def call(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
     return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=timeout, env=environment)
 
@@ -181,7 +181,7 @@ def test_a_signal_ends_it_between_two_checks(pump: str) -> None:
     child.stdout.readline()
     begin = time.monotonic()
     child.send_signal(signal.SIGTERM)
-    out, errors = child.communicate(timeout=20)
+    out, errors = child.communicate(timeout=120)
     assert time.monotonic() - begin < 5
     assert (child.returncode, errors) == (143, "")
     assert json.loads(out.splitlines()[-1])["final"] is True

@@ -34,7 +34,7 @@ def interface(text: str) -> Mapping[str, dict[str, str]]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vq", *arguments], capture_output=True, text=True, timeout=30)
+    return subprocess.run([sys.executable, "-m", "vq", *arguments], capture_output=True, text=True, timeout=120)
 
 
 def test_qemu_takes_the_role_that_the_port_leaves() -> None:

@@ -16,7 +16,7 @@ from vq.errors import BackendError, ConnectionClosed, FrontendError, GuestError,
 from vq.port_kinds import KINDS
 
 
-def call(*arguments: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+def call(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vq", *arguments]
     environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
@@ -89,13 +89,13 @@ def test_help_fills_the_lines_of_a_narrow_terminal(words: list[str]) -> None:
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_error(closed: str) -> None:
     command = f"exec {sys.executable} -m vq pump gen:count=10 null: {closed}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_that_nobody_reads_is_no_error() -> None:
     command = f"{sys.executable} -m vq --help | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) in ((141, ""), (0, ""))  # 0: written before `true` was gone
 
 
@@ -110,7 +110,7 @@ def test_a_fraction_is_not_rounded(words: list[str]) -> None:
 def test_a_full_disk_is_named(form: str) -> None:
     command = [sys.executable, "-m", "vq", "pump", "gen:count=10", "null:", form]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 4
     assert done.stderr == "vq: error: standard output: No space left on device\n"
 
@@ -120,7 +120,7 @@ def test_an_example_without_its_socket_ends_with_one_line(example: str, tmp_path
     path = str(tmp_path / "no" / "a.sock")
     words = [path] if example == "ask.py" else ["1", path]
     script = Path(__file__).parents[2] / "examples" / example
-    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert path in done.stderr
@@ -129,7 +129,7 @@ def test_an_example_without_its_socket_ends_with_one_line(example: str, tmp_path
 @pytest.mark.parametrize(("example", "words"), [("ask.py", []), ("echo.py", ["soon"]), ("generate.py", ["soon"])])
 def test_an_example_called_wrongly_tells_its_usage(example: str, words: list[str]) -> None:
     script = Path(__file__).parents[2] / "examples" / example
-    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith(f"usage: python examples/{example}")
 

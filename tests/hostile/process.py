@@ -22,7 +22,7 @@ from vq_core.guest_memory import GuestMemory
 from vq_core.traffic import Exchange, traffic_memory_bytes
 
 HERE = Path(__file__).resolve().parent
-PATIENCE = 5.0
+PATIENCE = 30.0
 SECRET = b"hostile-tests-keep-this"
 
 

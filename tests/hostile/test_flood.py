@@ -205,7 +205,7 @@ def test_a_path_that_is_taken(tmp_path: Path, host: Host, unharmed: None, kind: 
         path = Path(host.path)
     before = path.lstat()
     with pump(f"vhost:{path}", "null:") as child:
-        _, errors = child.communicate(timeout=20)
+        _, errors = child.communicate(timeout=120)
     assert child.returncode not in (0, -11)
     assert b"Traceback" not in errors
     assert str(path).encode() in errors

@@ -27,6 +27,7 @@ LAYOUTS: dict[str, dict[str, str | int]] = {"split": {}, "packed": PACKED}
 MIGRATIONS = 20
 MIGRATIONS_IOMMU = 4
 ACCESS_PLATFORM = 33
+RARP = "80350001080006040003"
 LOG_ALL = 1 << 26
 SNIFFER = Path(__file__).with_name("sniffer.py")
 
@@ -221,10 +222,14 @@ class Announcement:
         # An announcement comes several times, and what was heard until here may belong to a move before this one.
         self._heard = len(self.sniffer.output())
 
-    def wait_frame(self, beginning: str) -> None:
-        """Wait for a broadcast of the guest that begins so behind the two addresses."""
+    def count(self, beginning: str) -> int:
+        """How many broadcasts of the guest were heard that begin so behind the two addresses."""
         frame = "ff" * 6 + self.line.guest.mac.replace(":", "") + beginning
-        wait_until("an announcement", lambda: frame in self.sniffer.output()[self._heard :], 10, [self.sniffer])
+        return self.sniffer.output()[self._heard :].count(frame)
+
+    def wait_frame(self, beginning: str) -> None:
+        """Wait for such a broadcast."""
+        wait_until("an announcement", lambda: self.count(beginning), 30, [self.sniffer])
 
     def assert_found(self) -> None:
         """Check that the next packet of the host goes to the new place."""
@@ -246,7 +251,7 @@ def test_a_rarp_tells_the_new_place(rig: Rig) -> None:
     move = Announcement(line)
     try:
         mac = line.guest.mac.replace(":", "")
-        move.wait_frame(f"80350001080006040003{mac}00000000{mac}00000000{'00' * 18}")
+        move.wait_frame(f"{RARP}{mac}00000000{mac}00000000{'00' * 18}")
         assert line.messages("SEND_RARP")
         move.assert_found()
     finally:
@@ -255,12 +260,15 @@ def test_a_rarp_tells_the_new_place(rig: Rig) -> None:
 
 @pytest.mark.shows("VIRTIO_NET_F_GUEST_ANNOUNCE")
 def test_the_guest_tells_its_new_place(line: Line) -> None:
-    """A guest that can: by a gratuitous ARP request of its own, and there is no RARP."""
+    """A guest that can: by a gratuitous ARP request of its own. There is no RARP that QEMU has not asked for.
+
+    It does that as well when it is resumed before it has looked whether this guest can.
+    """
     move = Announcement(line)
     try:
         address = bytes(map(int, line.guest.address.split("."))).hex()
         move.wait_frame(f"08060001080006040001{line.guest.mac.replace(':', '')}{address}")
         move.assert_found()
-        assert not line.messages("SEND_RARP")
+        assert move.count(RARP) <= len(line.messages("SEND_RARP"))
     finally:
         move.close()

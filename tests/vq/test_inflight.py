@@ -49,7 +49,7 @@ class Guest:
 
     def connect(self, protocol: int = PROTOCOL) -> None:
         """Connect, with the region if there is one; the ring stands."""
-        self.frontend = Frontend.connect(self.path, timeout=10)
+        self.frontend = Frontend.connect(self.path, timeout=60)
         self.frontend.set_features(self.frontend.negotiate(self.features, protocol))
         regions = self.memory.regions
         self.frontend.set_mem_table([Region(*one[:4]) for one in regions], [one[4] for one in regions])

@@ -46,7 +46,7 @@ class Guest:
 
     def __init__(self, path: str, features: int, protocol: int = PROTOCOL) -> None:
         self.memory = GuestMemory(8 << 20, guest_addr=IOVA)
-        self.frontend = Frontend.connect(path, timeout=20)
+        self.frontend = Frontend.connect(path, timeout=60)
         self.features = self.frontend.negotiate(features | ACCESS_PLATFORM, protocol)
         self.frontend.set_features(self.features & ~v.mask(v.VHOST_F_LOG_ALL))
         self.iommu = Iommu(self.frontend)
