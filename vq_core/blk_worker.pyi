@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from vq_core.disk import Disk
+from vq_core.handover import Mailbox
 from vq_core.pool import Pool
 from vq_core.queue import Queue
 
@@ -15,6 +16,7 @@ class BlkWorker:
     queues: tuple[Queue, ...]
     pool: Pool
     cpu: int | None
+    mailbox: Mailbox
     def __init__(
         self,
         disk: Disk,

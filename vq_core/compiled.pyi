@@ -1,7 +1,8 @@
 """What Python sees of compiled.pyx."""
 
-from typing import TypedDict
+from typing import TypedDict, type_check_only
 
+@type_check_only
 class Compiled(TypedDict):
     compiler: str
     flags: str

@@ -1,6 +1,6 @@
 """What Python sees of driver.pyx."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ class Buffer:
     id: int
     readable: tuple[memoryview, ...]
     writable: tuple[memoryview, ...]
+    def __init__(
+        self, readable: Iterable[memoryview], writable: Iterable[memoryview], table: Block | None
+    ) -> None: ...
     def written(self, length: int) -> bytes: ...
 
 class DriverQueue:

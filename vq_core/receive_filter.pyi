@@ -1,7 +1,7 @@
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-Passes = Literal["listed", "all", "none"]
+_Passes = Literal["listed", "all", "none"]
 PASSES: dict[str, int]
 
 class ReceiveFilter:
@@ -9,9 +9,9 @@ class ReceiveFilter:
     def __init__(
         self,
         *,
-        unicast: Passes = "listed",
-        multicast: Passes = "listed",
-        broadcast: Passes = "all",
+        unicast: _Passes = "listed",
+        multicast: _Passes = "listed",
+        broadcast: _Passes = "all",
         macs: Iterable[bytes] = (),
         vlans: Iterable[int] | None = None,
     ) -> None: ...

@@ -1,6 +1,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from vq_core.handover import Mailbox
 from vq_core.port import Port
 from vq_core.switch import SwitchLane
 
@@ -12,6 +13,7 @@ class Plan:
 
 class Worker:
     cpu: int | None
+    mailbox: Mailbox
     def __init__(self, cpu: int | None = None, poll: str = "adaptive") -> None: ...
     def run(self) -> None: ...
     def stop(self) -> None: ...

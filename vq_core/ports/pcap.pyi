@@ -2,6 +2,10 @@ from os import PathLike
 
 from vq_core.port import Port
 
+FAULTS: tuple[str, ...]
+MAGIC_MICRO: int
+MAGIC_NANO: int
+
 class PcapPort(Port):
     path: str
     write: bool

@@ -1,5 +1,8 @@
 from vq_core.port import Port
 
+DEVICE: str
+OFFLOAD_SETS: tuple[int, ...]
+
 class TapPort(Port):
     ifname: str
     accepts: int
