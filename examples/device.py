@@ -16,7 +16,7 @@ FEATURES = virtio.mask(virtio.VIRTIO_F_VERSION_1, virtio.VHOST_USER_F_PROTOCOL_F
 PROTOCOL = virtio.mask(virtio.VHOST_USER_PROTOCOL_F_REPLY_ACK, virtio.VHOST_USER_PROTOCOL_F_DEVICE_STATE)
 
 
-class Notebook(vq.Device):
+class Notebook(vq.HostedDevice):
     """One queue that nobody serves, and a text that survives a migration."""
 
     def __init__(self, text: str) -> None:
@@ -36,7 +36,7 @@ class Notebook(vq.Device):
 
 
 @contextmanager
-def served(device: vq.Device, path: str) -> Iterator[vq.Frontend]:
+def served(device: vq.HostedDevice, path: str) -> Iterator[vq.Frontend]:
     """Host a device in a thread, and be its front-end."""
     with vq.Server(device, path=path) as server:
         thread = threading.Thread(target=server.run)

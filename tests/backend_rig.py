@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, Phase, settings
 
 from vhost_rig import open_fds
 from vq import virtio as v
-from vq.device import Device
 from vq.devices.blk import BlkDevice
 from vq.errors import BackendError, ConnectionClosed
 from vq.frontend import Frontend
 from vq.handle_postcopy import Postcopy
+from vq.hosted_device import HostedDevice
 from vq.message import FRONTEND_REQUESTS, NEED_REPLY, VERSION, Message, Request, encode
 from vq.payload import U64
 from vq.pump import Pump
-from vq.serve import Server
+from vq.server import Server
 from vq.session import Session
 from vq_core.disk import Disk
 from waiting import wait_for
@@ -94,7 +94,7 @@ class Hosted:
         shutil.rmtree(self.folder)
 
     @property
-    def device(self) -> Device:
+    def device(self) -> HostedDevice:
         return self.backend.device
 
     @property

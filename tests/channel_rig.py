@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from vq import virtio as v
-from vq.device import Device
 from vq.errors import FrontendError
 from vq.frontend import Frontend, RingSetup
+from vq.hosted_device import HostedDevice
 from vq.message import BackendRequest, Request
 from vq.offer import SERVED_PROTOCOL_FEATURES, Offer
 from vq.payload import Region
 from vq.request_server import RequestServer
-from vq.serve import Server
+from vq.server import Server
 from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory
 from vq_core.queue import Queue
@@ -30,7 +30,7 @@ ALL = SERVED_PROTOCOL_FEATURES & ~v.mask(v.VHOST_USER_PROTOCOL_F_PAGEFAULT, v.VH
 SHMEM = {0: 16 * mmap.PAGESIZE, 7: 1 << 40}
 
 
-class ChannelDevice(Device):
+class ChannelDevice(HostedDevice):
     """Two queues that nobody serves, and everything that a device can offer."""
 
     def __init__(self, protocol_features: int = ALL) -> None:
@@ -69,7 +69,7 @@ class Outcome:
 class Hosted:
     """A device behind a socket, served by a thread; `call` runs something in that thread and gives what came of it."""
 
-    def __init__(self, device: Device, path: str) -> None:
+    def __init__(self, device: HostedDevice, path: str) -> None:
         self.device = device
         self.path = path
         self.server = Server(device, path=path)

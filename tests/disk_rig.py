@@ -13,7 +13,7 @@ from vq import virtio as v
 from vq.devices.blk import BlkDevice
 from vq.frontend import Frontend, RingSetup
 from vq.payload import Region
-from vq.serve import Server
+from vq.server import Server
 from vq_core.disk import Disk
 from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from vq.backend import Backend
+    from vq.chain_io import ChainReader, ChainWriter
+    from vq.config_layout import ConfigLayout, le16, le32, le64, u8, writable
     from vq.demo import DemoResult, run_demo
     from vq.device import Device
     from vq.devices.blk import BlkDevice
@@ -24,23 +26,31 @@ if TYPE_CHECKING:
         VqError,
     )
     from vq.frontend import Frontend
+    from vq.hosted_device import HostedDevice
     from vq.offer import Offer
     from vq.ports import PortSpec, parse_port, parse_ports
     from vq.pump import Pump
-    from vq.serve import Server
+    from vq.server import Server, serve
     from vq.virtio import DeviceId
+    from vq_core.device_queue import DeviceChain, DeviceQueue
 
 __all__ = [
     "Backend",
     "BackendError",
     "BlkDevice",
+    "ChainReader",
+    "ChainWriter",
+    "ConfigLayout",
     "ConnectionClosed",
     "DemoResult",
     "Device",
+    "DeviceChain",
     "DeviceId",
+    "DeviceQueue",
     "Frontend",
     "FrontendError",
     "GuestError",
+    "HostedDevice",
     "Offer",
     "PeerError",
     "PortSpec",
@@ -49,9 +59,15 @@ __all__ = [
     "Server",
     "UsageError",
     "VqError",
+    "le16",
+    "le32",
+    "le64",
     "parse_port",
     "parse_ports",
     "run_demo",
+    "serve",
+    "u8",
+    "writable",
 ]
 
 __version__ = "0.1.0"
@@ -59,6 +75,8 @@ __version__ = "0.1.0"
 _ROOMS: Final = {
     "vq.backend": ("Backend",),
     "vq.demo": ("DemoResult", "run_demo"),
+    "vq.chain_io": ("ChainReader", "ChainWriter"),
+    "vq.config_layout": ("ConfigLayout", "le16", "le32", "le64", "u8", "writable"),
     "vq.device": ("Device",),
     "vq.devices.blk": ("BlkDevice",),
     "vq.errors": (
@@ -72,11 +90,13 @@ _ROOMS: Final = {
         "VqError",
     ),
     "vq.frontend": ("Frontend",),
+    "vq.hosted_device": ("HostedDevice",),
     "vq.offer": ("Offer",),
     "vq.ports": ("PortSpec", "parse_port", "parse_ports"),
     "vq.pump": ("Pump",),
-    "vq.serve": ("Server",),
+    "vq.server": ("Server", "serve"),
     "vq.virtio": ("DeviceId",),
+    "vq_core.device_queue": ("DeviceChain", "DeviceQueue"),
 }
 _HOME: Final = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Final
 
 from vq import effects as e
 from vq import virtio as v
-from vq.device import Device
 from vq.errors import FrontendError, UsageError
+from vq.hosted_device import HostedDevice
 from vq.inband import Inband
 from vq.postcopy import PostcopyMemory
 from vq.state_transfer import StateTransfer
@@ -58,7 +58,7 @@ class Applier:
 
     def __init__(
         self,
-        device: Device,
+        device: HostedDevice,
         changed: Callable[[], None] = lambda: None,
         warn: Callable[[str], None] = logger.warning,
         channel_given: Callable[[int], None] = lambda fd: None,
@@ -162,6 +162,7 @@ class Applier:
             except ValueError as error:
                 self.warn(f"{error}; ring {index} stopped until its memory is there again")
                 broken = queue.broken is not None
+                self.device.ring_stopping(index)
                 base = int(queue.stop())
                 if not broken:  # a ring that its driver has broken waits for the front-end to stop it
                     self.waiting[index] = base
@@ -215,6 +216,8 @@ class Applier:
         self.changed()
 
     def _stop_ring(self, effect: e.StopRing) -> int:
+        if self.device.queues[effect.index].started:
+            self.device.ring_stopping(effect.index)
         base = int(self.device.queues[effect.index].stop(effect.suspend))
         if self.inband is not None:
             self.inband.stop(effect.index)

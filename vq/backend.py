@@ -17,9 +17,9 @@ from vq import virtio as v
 from vq.apply import Applier
 from vq.backend_channel import BackendChannel
 from vq.closing import Closing
-from vq.device import Device
 from vq.endpoint import Connector, Listener, adopt, listen
 from vq.errors import ConnectionClosed, FrontendError, GuestError, PeerError, ResourceError, UsageError, VqError
+from vq.hosted_device import HostedDevice
 from vq.inband import Inband
 from vq.message import BackendRequest
 from vq.payload import Iotlb
@@ -89,7 +89,7 @@ class Backend(Closing):
 
     def __init__(
         self,
-        device: Device,
+        device: HostedDevice,
         *,
         path: str | None = None,
         client: bool = False,
@@ -122,6 +122,7 @@ class Backend(Closing):
         self._said = ("", 0.0)  # the last warning logged, and when
         self.closed = False
         device.settle = self._settle
+        device.report = self.report
         self._epoll = select.epoll()
         self.channel = BackendChannel(self._epoll, self.warn)
         device.channel = self.channel

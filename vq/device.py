@@ -1,114 +1,248 @@
-"""What a virtio device is to the back-end: what it offers, its queues, and hooks for what the front-end says."""
+"""A device of your own in Python: what it offers, its configuration space, and a handler for its queues."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import os
+import select
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar, Final
 
-from vq.backend_channel import BackendChannel
+from vq import virtio as v
+from vq.config_layout import ConfigLayout
 from vq.errors import FrontendError, UsageError
-from vq.offer import Offer
+from vq.hosted_device import HostedDevice
+from vq.offer import QUEUES_MAX, Offer
+from vq.waker import Waker
+from vq_core.device_queue import DeviceQueue
 from vq_core.queue import Queue
 
 __all__ = ["Device"]
 
+logger = logging.getLogger(__name__)
 
-class Device:
-    """Base of all devices: subclasses set the attributes and override the hooks that they need.
+FEATURES: Final = v.mask(
+    v.VIRTIO_F_VERSION_1, v.VIRTIO_F_RING_PACKED, v.VIRTIO_F_INDIRECT_DESC, v.VIRTIO_F_EVENT_IDX, v.VHOST_F_LOG_ALL,
+    v.VHOST_USER_F_PROTOCOL_FEATURES,
+)  # fmt: skip
+PROTOCOL_FEATURES: Final = v.mask(
+    v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_LOG_SHMFD, v.VHOST_USER_PROTOCOL_F_REPLY_ACK,
+    v.VHOST_USER_PROTOCOL_F_BACKEND_REQ, v.VHOST_USER_PROTOCOL_F_RESET_DEVICE, v.VHOST_USER_PROTOCOL_F_STATUS,
+    v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
+    v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
+)  # fmt: skip
+
+
+class Device(HostedDevice):
+    """Base of devices in Python. A subclass sets what is listed here, and overrides `handle`.
 
     Attributes
     ----------
-    name : str
-        For people: log lines and errors.
-    offer : Offer
-        What every front-end that connects is offered; never shrinks.
-    queues : sequence of vq_core.queue.Queue
-        The virtqueues by index; as many as `offer.queue_count`.
-    posted_queues : sequence of vq_core.queue.Queue
-        Those that a healthy driver fills with buffers soon after their start; a warning says so if it does not.
-    in_order : bool
-        Requests are completed in order and none outlives a crash, so that a ring resumes at its used index.
-    report_fd : int or None
-        Eventfd that is readable when a queue has been broken by its driver; who hosts the device waits for it.
-    channel : BackendChannel
-        Requests of the device to the front-end; its back-end sets it.
-    requests_fd : int or None
-        Readable when `serve_requests` has something to do; for queues that no worker serves.
-    settle : callable
-        The device calls it after it has changed which queues take and give packets; those who send to them know it
-        when it returns.
+    device_id : int
+        What it is, a `vq.DeviceId`; the front-end knows it already, so this is for people.
+    queues : int or sequence of str
+        How many virtqueues it has, or their names. Of an object: the rings of the control plane.
+    features : int or iterable of int
+        Feature bits of its own: a mask, or numbers of bits. What concerns rings and memory is offered anyway.
+    max_bytes : int
+        Longest request; see `vq.DeviceQueue`.
+    Config : type of ConfigLayout, optional
+        Its configuration space; `config` is then an object of it.
+    config : ConfigLayout
+        Assign to its fields from any thread: the driver is told.
+    chains : tuple of DeviceQueue
+        The virtqueues by index, as `handle` gets them.
 
     Notes
     -----
-    Threading: hooks are called by the control thread, one at a time.
+    `__init__` of a subclass need not call this one's.
+    Threading: all hooks are called by the control thread, one at a time, and must not wait. Chains may be completed,
+    fields of `config` assigned, and `call` be called from any thread.
+
+    Examples
+    --------
+    ::
+
+        class Rng(vq.Device):
+            device_id = vq.DeviceId.RNG
+
+            def handle(self, queue):
+                for chain in queue:
+                    chain.write(os.urandom(chain.writable_bytes))
+                    chain.complete()
+
+        vq.serve(Rng(), socket_path="/tmp/rng.sock")
     """
 
-    name: str
-    offer: Offer
-    queues: Sequence[Queue]
-    posted_queues: Sequence[Queue] = ()
-    in_order = False
-    report_fd: int | None = None
-    channel: BackendChannel | None = None
-    requests_fd: int | None = None
-    settle: Callable[[], None] = staticmethod(lambda: None)
+    device_id: int = 0
+    queues: Any = 1
+    features: int | Iterable[int] = 0
+    max_bytes: int = 1 << 20
+    Config: ClassVar[type[ConfigLayout] | None] = None
+    config: Any
+    chains: tuple[DeviceQueue, ...]
 
-    def config_changed(self) -> None:
-        """Tell the front-end that the configuration space has changed; the device calls it after that."""
-        if self.channel is not None:
-            self.channel.config_changed()
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        self._set_up()
+        return self
 
-    def start(self) -> None:
-        """Begin to serve the queues; called once, before any front-end comes."""
+    def _set_up(self) -> None:
+        names = _names(self.queues)
+        self.name = type(self).__name__.lower()
+        self._closed = False
+        self._calls: deque[Callable[[], object]] = deque()
+        self._watched: dict[int, Callable[[], object]] = {}
+        self._waker = Waker()
+        self._report = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self.queues = [Queue(index, name, self._report) for index, name in enumerate(names)]
+        self.chains = tuple(DeviceQueue(queue, self.max_bytes) for queue in self.queues)
+        for fd in (self._waker.fileno(), self._report, *(queue.fileno() for queue in self.chains)):
+            self._epoll.register(fd, select.EPOLLIN)
+        self.requests_fd = self._epoll.fileno()
+        protocol = PROTOCOL_FEATURES
+        size = 0
+        if self.Config is not None:
+            self.config = self.Config()
+            object.__setattr__(self.config, "_changed", lambda: self.call(self.config_changed))
+            size = self.Config.SIZE
+            protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_CONFIG)
+        if type(self).save_state is not HostedDevice.save_state:
+            protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_DEVICE_STATE)
+        own = self.features if isinstance(self.features, int) else v.mask(*self.features)
+        self.offer = Offer(FEATURES | own, protocol, len(names), len(names), config_size=size)
+
+    # -- for subclasses --
+
+    def handle(self, queue: DeviceQueue) -> None:
+        """Serve the chains that wait in a queue: take some, complete them now or later, or leave them there.
+
+        Called when the driver has made chains available. An exception breaks this queue.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.handle")
+
+    def on_features(self, features: int) -> None:
+        """The driver has accepted these feature bits."""
+
+    def on_status(self, status: int) -> None:
+        """The driver has changed its status byte (VIRTIO 1.3, 2.1)."""
+
+    def on_config_written(self, names: frozenset[str]) -> None:
+        """The driver has changed these fields of `config`."""
+
+    def on_reset(self) -> None:
+        """The driver has reset the device, or its front-end has gone; chains that are out are dead."""
+
+    def on_stop(self, queue: DeviceQueue) -> None:
+        """A ring is about to stop. Chains that can be completed at once are; whoever goes on takes the others anew."""
+
+    def on_error(self, queue: DeviceQueue | None, error: Exception) -> None:
+        """The code of this class has failed: `handle`, which broke the queue, or something called by the loop (None).
+
+        It is logged already.
+        """
+
+    # -- for their users --
+
+    def call(self, action: Callable[[], object]) -> None:
+        """Have this called in the control thread soon; from any thread."""
+        self._calls.append(action)
+        self._waker.wake()
+
+    def watch(self, fd: int, ready: Callable[[], object]) -> None:
+        """Call `ready` in the control thread whenever a descriptor is readable, until `unwatch`."""
+        self._epoll.register(fd, select.EPOLLIN)
+        self._watched[fd] = ready
+
+    def unwatch(self, fd: int) -> None:
+        """Do not look at a descriptor any more; nothing happens if nobody did."""
+        if self._watched.pop(fd, None) is not None:
+            with suppress(OSError):
+                self._epoll.unregister(fd)
 
     def close(self) -> None:
-        """Release everything, after the last connection has ended; may be called twice."""
+        """Release all descriptors, after the last connection has ended; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for queue in self.chains:
+            queue.close()
+        self._epoll.close()
+        self._waker.close()
+        os.close(self._report)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    # -- for the back-end --
 
     def set_features(self, features: int) -> None:
-        """The front-end acknowledged these virtio features (SET_FEATURES)."""
+        self.on_features(features)
 
     def set_status(self, status: int) -> None:
-        """The driver's device status byte changed (SET_STATUS)."""
-
-    def set_mtu(self, mtu: int) -> None:
-        """The front-end set the MTU, 68 to 65535 bytes (NET_SET_MTU)."""
-
-    def send_rarp(self, mac: bytes) -> None:
-        """Announce a MAC address to the network (SEND_RARP)."""
-
-    def ring_starting(self, index: int) -> None:
-        """A ring is about to start; a ResourceError ends the connection instead."""
-
-    def ring_stopped(self, index: int) -> None:
-        """A ring has stopped: nothing of it is under way any more, and the front-end has not been told yet."""
-
-    def channel_given(self) -> None:
-        """The front-end has given a channel for our own requests (SET_BACKEND_REQ_FD)."""
+        self.on_status(status)
 
     def reset(self) -> None:
-        """Bring internal state back to its beginning (RESET_DEVICE); all rings are stopped."""
+        self.on_reset()
 
-    def save_state(self) -> bytes:
-        """Everything that a device of the same kind needs to go on elsewhere (SET_DEVICE_STATE_FD); all rings stand."""
-        raise UsageError(f"device {self.name} has no state to save")
-
-    def load_state(self, state: bytes) -> None:
-        """Take over what `save_state` gave elsewhere; raises VqError, and changes nothing, if anything is wrong."""
-        raise UsageError(f"device {self.name} has no state to load")
-
-    def shared_object(self, uuid: bytes) -> int | None:
-        """The descriptor of an object that the device shares (GET_SHARED_OBJECT), which stays its own; or None."""
-        return self.channel.objects.find(uuid) if self.channel is not None else None
+    def ring_stopping(self, index: int) -> None:
+        queue = self.chains[index]
+        queue.begin()
+        self._guarded(None, lambda: self.on_stop(queue))
+        lost = queue.stopping()
+        if lost:
+            logger.warning("device=%s queue=%s error='%d chains were never completed'", self.name, queue.name, lost)
 
     def read_config(self, offset: int, size: int) -> bytes:
-        """`size` bytes of the configuration space from `offset`, which lie inside it (GET_CONFIG)."""
-        return bytes(size)
+        found: bytes = self.config.pack()[offset : offset + size]
+        return found
 
     def write_config(self, offset: int, data: bytes, *, migration: bool) -> None:
-        """Write to the configuration space (SET_CONFIG); raises FrontendError for read-only fields."""
-        raise FrontendError("SET_CONFIG", "offset", offset, f"device {self.name} has no writable field")
+        if self.Config is None:
+            raise FrontendError("SET_CONFIG", "offset", offset, f"device {self.name} has no configuration space")
+        names = self.config.write(offset, data, migration=migration)
+        if names:
+            self._guarded(None, lambda: self.on_config_written(names))
 
     def serve_requests(self) -> None:
-        """Serve some of what waits in queues that no worker serves, and ask to be woken for the rest.
+        for fd, _ in self._epoll.poll(0):
+            if fd in self._watched:
+                self._guarded(None, self._watched[fd], fd)
+            elif fd == self._waker.fileno():
+                os.eventfd_read(fd)
+            elif fd == self._report:
+                os.eventfd_read(fd)
+                self.report()
+        for _ in range(len(self._calls)):
+            self._guarded(None, self._calls.popleft())
+        for queue in self.chains:
+            queue.begin()
+            if queue.waiting:
+                self._guarded(queue, lambda queue=queue: self.handle(queue))  # type: ignore[misc]
+            queue.end()
 
-        Called when `requests_fd` is readable, and after messages, which may have started or enabled such a queue.
-        """
+    def _guarded(self, queue: DeviceQueue | None, action: Callable[[], object], fd: int | None = None) -> None:
+        """Run code of the subclass; what it raises ends one queue at most."""
+        try:
+            action()
+        except Exception as error:
+            logger.exception("device=%s queue=%s", self.name, "-" if queue is None else queue.name)
+            if queue is not None:
+                queue.fail()
+            if fd is not None:
+                self.unwatch(fd)
+            try:
+                self.on_error(queue, error)
+            except Exception:
+                logger.exception("device=%s on_error", self.name)
+
+
+def _names(queues: int | Sequence[str]) -> list[str]:
+    names = [f"queue{index}" for index in range(queues)] if isinstance(queues, int) else list(queues)
+    if not 1 <= len(names) <= QUEUES_MAX:
+        raise UsageError(f"a device has 1 to {QUEUES_MAX} queues, not {len(names)}")
+    return names

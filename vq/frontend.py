@@ -317,6 +317,14 @@ class Frontend(Dialogue):
             raise BackendError("GET_CONFIG", "reply", value, f"{size} bytes at {offset} were asked for")
         return reply.data
 
+    def set_config(self, offset: int, data: bytes) -> None:
+        """Write into the configuration space, as the driver does; BackendError if it was refused (with REPLY_ACK)."""
+        self.request(Request.SET_CONFIG, Config(offset, 0, data))
+
+    def reset_device(self) -> None:
+        """Bring the device back to its beginning; all rings are stopped by that."""
+        self.request(Request.RESET_DEVICE)
+
     def begin_state(self, fd: int, *, load: bool) -> None:
         """Have the device save its state to a pipe, or load it from there (the end is where nobody writes any more).
 

@@ -7,11 +7,11 @@ its device-writable part are guest addresses, never pointers: they are translate
 memory of that moment. So the memory may change while a request is out, and what is answered after its ring was stopped
 goes nowhere (`life`).
 
-Owner: the control thread, whose queue has no mailbox. The kick descriptor is watched in an epoll descriptor of the
-queue's own, beside a timer: both together are what an event loop waits for.
+Owner: the control thread.
 """
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from vq_core.queue cimport Queue, queue_t
+from vq_core.queue cimport queue_t
+from vq_core.served_queue cimport ServedQueue
 from vq_core.virtio cimport gpa_t
 
 cdef enum:
@@ -39,14 +39,8 @@ cdef class Chain:
     cdef ChainQueue _queue     # None once it is answered
     cdef readonly bytes data
 
-cdef class ChainQueue:
-    cdef readonly Queue queue
-    cdef int _epoll_fd
-    cdef object _timer
+cdef class ChainQueue(ServedQueue):
     cdef uint8_t* _copy          # room for the readable bytes of one request
     cdef uint32_t _limit
-    cdef uint32_t _outstanding   # requests of this life that are not answered
-    cdef uint32_t _life          # that was seen last
-    cdef uint32_t _begun         # the life of which `begun` has told
 
     cdef bint _runs(self, request_t* request) noexcept

@@ -1,25 +1,18 @@
 """Requests between a ring and Python."""
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
-from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t
 from vq_core.cursor cimport cursor_t
 from vq_core.dirty cimport dirty_mark
-from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
 from vq_core.memory cimport memory_translate_part
 from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_HEAD, BROKEN_ID, BROKEN_MEMORY_LOST,
-                            BROKEN_REQUEST, Queue, queue_break, queue_comes_alive, queue_flush, queue_lost,
-                            queue_publish, queue_request_kick, queue_suppress_kicks, queue_t)
-from vq_core.ring cimport (ring_begin, ring_commit_take, ring_give_back, ring_has_more, ring_known, ring_look,
-                           ring_next_used, ring_shadow_used, ring_t, ring_take)
-from vq_core.timer import Timer
+                            BROKEN_REQUEST, Queue, queue_break, queue_comes_alive, queue_lost,
+                            queue_suppress_kicks, queue_t)
+from vq_core.ring cimport ring_begin, ring_commit_take, ring_give_back, ring_look, ring_t, ring_take
+from vq_core.served_queue cimport ServedQueue
 from vq_core.virtio cimport VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
-
-import os
-
-POLL_S = 0.01                    # between two looks at a ring whose driver does not kick
 
 
 cdef int _copy_in(queue_t* queue, request_t* request, virtq_desc_t* descriptor, uint8_t* to,
@@ -215,8 +208,8 @@ cdef class Chain:
         self._queue = None
 
 
-cdef class ChainQueue:
-    """Serves a virtqueue in the control thread, request by request.
+cdef class ChainQueue(ServedQueue):
+    """Serves a virtqueue in the control thread, request by request, out of copies.
 
     Parameters
     ----------
@@ -227,63 +220,22 @@ cdef class ChainQueue:
 
     Notes
     -----
-    Threading: the control thread. Once `fileno()` is readable, and after messages that may have started or enabled the
-    ring: `begin`, `pop` until enough, `publish`, `arm`. As many requests are out as the ring has entries: a driver that
-    makes a head available twice gains nothing by it.
+    As many requests are out as the ring has entries: a driver that makes a head available twice gains nothing by it.
     """
 
-    def __cinit__(self, Queue queue not None, uint32_t limit=4096):
-        self._epoll_fd = -1
-        self.queue = queue
+    def __cinit__(self, Queue queue not None, limit=4096):
         self._limit = limit
-        self._copy = <uint8_t*>malloc(limit)
+        self._copy = <uint8_t*>malloc(self._limit)
         if self._copy == NULL:
             raise MemoryError("request")
-        if queue.mailbox is not None or queue.queue.started:
-            raise ValueError(f"queue {queue.index} belongs to a worker or is started")
-        self._timer = Timer()
-        self._epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-        if self._epoll_fd < 0 or epoll_move(-1, self._epoll_fd, self._timer.fileno(), EPOLLIN):
-            PyErr_SetFromErrno(OSError)
-        queue.queue.epoll_fd = self._epoll_fd
 
     def __dealloc__(self):
         free(self._copy)
-        if self._epoll_fd >= 0:
-            os.close(self._epoll_fd)
-
-    def fileno(self):
-        """int: the descriptor to wait for."""
-        return self._epoll_fd
-
-    def close(self):
-        """Close the descriptors, after the ring was stopped; may be called twice."""
-        if self.queue.queue.started:
-            raise ValueError(f"queue {self.queue.index} is started; stop it first")
-        self.queue.queue.epoll_fd = -1
-        self._timer.close()
-        if self._epoll_fd >= 0:
-            os.close(self._epoll_fd)
-            self._epoll_fd = -1
 
     cdef bint _runs(self, request_t* request) noexcept:
         """Whether the ring that a request came from still runs."""
         cdef queue_t* queue = &self.queue.queue
         return queue.started and queue.lives == request.life and not queue.broken
-
-    def begin(self):
-        """Take note of what has woken the event loop."""
-        cdef epoll_event events[4]
-        # Edge-triggered: looking makes the edges go away, and nothing has to be read.
-        epoll_wait(self._epoll_fd, events, 4, 0)
-
-    def begun(self):
-        """bool: whether the ring was started at its very beginning since the last call, as a new driver has it."""
-        cdef queue_t* queue = &self.queue.queue
-        if not queue.started or self._begun == queue.lives:
-            return False
-        self._begun = queue.lives
-        return bool(self.queue._fresh)
 
     def pop(self):
         """Take the next request.
@@ -307,33 +259,3 @@ cdef class ChainQueue:
         request._queue = self
         request.data = PyBytes_FromStringAndSize(<char*>self._copy, request.request.copied)
         return request
-
-    def publish(self):
-        """Show the driver what was answered, and call it if it wants that."""
-        cdef queue_t* queue = &self.queue.queue
-        cdef bint packed = queue.ring.is_packed
-        if queue.started and ring_next_used(&queue.ring, packed) != ring_shadow_used(&queue.ring, packed):
-            queue_publish(queue, packed, ring_next_used(&queue.ring, packed))
-            queue_flush(queue)
-
-    def arm(self, double pause=0):
-        """Ask for a kick; `fileno()` becomes readable by itself for what is there already, or may come without one.
-
-        Parameters
-        ----------
-        pause : float
-            Seconds until then when there is more to pop already.
-        """
-        cdef queue_t* queue = &self.queue.queue
-        cdef bint packed = queue.ring.is_packed
-        if not queue.live or self._outstanding >= queue.ring.num:
-            return
-        if ring_known(&queue.ring, packed) > 0:
-            self._timer.set(pause)
-            return
-        queue_request_kick(queue)
-        # Also for an impossible index, or when memory was lost: the next `pop` breaks the ring.
-        if ring_has_more(&queue.ring, packed) or queue_lost(queue):
-            self._timer.set(pause)
-        elif queue.kick_fd < 0:
-            self._timer.set(POLL_S)

@@ -186,6 +186,16 @@ cdef inline void packed_commit_take(packed_t* ring, cursor_t* cursor) noexcept n
     ring.avail_slot = cursor.head
     ring.avail_flags = cursor.flags
 
+cdef inline uint16_t packed_next(packed_t* ring) noexcept nogil:
+    """The slot of the next buffer, and its wrap counter in bit 15."""
+    return ring.avail_slot | (0x8000 if ring.avail_flags & VIRTQ_PACKED_DESC_F_AVAIL else 0)
+
+cdef inline void packed_untake(packed_t* ring, uint16_t place) noexcept nogil:
+    """Go back to such a place, which nothing was used behind."""
+    ring.avail_slot = place & 0x7fff
+    ring.avail_flags = VIRTQ_PACKED_DESC_F_AVAIL if place & 0x8000 else VIRTQ_PACKED_DESC_F_USED
+    ring.known = 0
+
 cdef inline void packed_give_back(packed_t* ring, uint16_t id, uint32_t length, uint16_t slots) noexcept nogil:
     """Note the used element of a buffer that was taken, seen after `packed_publish`."""
     ring.elements[ring.next_used & ring.mask] = <uint64_t>length | <uint64_t>id << 32 | <uint64_t>slots << 48

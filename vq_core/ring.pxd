@@ -9,9 +9,11 @@ from libc.stdint cimport uint16_t, uint32_t
 from vq_core.cursor cimport cursor_t
 from vq_core.packed cimport (packed_ahead, packed_begin, packed_commit, packed_commit_take,
                              packed_give_back, packed_has_more, packed_is_full, packed_known,
-                             packed_look, packed_more, packed_needs_call, packed_position, packed_prefetch,
+                             packed_look, packed_more, packed_needs_call, packed_next, packed_position,
+                             packed_prefetch,
                              packed_publish, packed_ready, packed_remember, packed_request_kick,
-                             packed_suppress_kicks, packed_t, packed_take, packed_undecided, packed_use)
+                             packed_suppress_kicks, packed_t, packed_take, packed_undecided, packed_untake,
+                             packed_use)
 from vq_core.split cimport (split_ahead, split_begin, split_commit, split_commit_take,
                             split_give_back, split_has_more, split_is_full, split_known,
                             split_look, split_more, split_needs_call, split_position, split_prefetch,
@@ -88,6 +90,17 @@ cdef inline void ring_commit_take(ring_t* ring, bint packed, cursor_t* cursor) n
         packed_commit_take(&ring.packed, cursor)
     else:
         split_commit_take(&ring.split, cursor)
+
+cdef inline uint16_t ring_next(ring_t* ring, bint packed) noexcept nogil:
+    """Where the next buffer is taken, for `ring_untake`."""
+    return packed_next(&ring.packed) if packed else ring.split.last_avail_idx
+
+cdef inline void ring_untake(ring_t* ring, bint packed, uint16_t place) noexcept nogil:
+    """Go back to a place; everything before it is used, and nothing that was taken from there on is."""
+    if packed:
+        packed_untake(&ring.packed, place)
+    else:
+        ring.split.last_avail_idx = place
 
 cdef inline void ring_give_back(ring_t* ring, bint packed, uint16_t id, uint32_t length, uint16_t slots) noexcept nogil:
     if packed:

@@ -17,7 +17,7 @@ from vq.devices.blk import BlkDevice
 from vq.errors import BackendError, UsageError
 from vq.message import Request
 from vq.payload import Config
-from vq.serve import Server
+from vq.server import Server
 from vq_core.disk import Disk
 from waiting import wait_for
 

@@ -24,7 +24,7 @@ from vq.frontend import Frontend, RingSetup
 from vq.iommu import PAGE, READ, WRITE, Iommu
 from vq.message import Request
 from vq.payload import Region
-from vq.serve import Server
+from vq.server import Server
 from vq_core.driver import Buffer, DriverQueue
 from vq_core.guest_memory import GuestMemory
 from waiting import wait_for

@@ -22,7 +22,7 @@ from vq.inherited import find_fd
 from vq.stats import encode
 
 if TYPE_CHECKING:
-    from vq.serve import Server
+    from vq.server import Server
     from vq_core.disk import Disk
 
 __all__ = ["blk"]
@@ -101,7 +101,7 @@ def blk(
     if serial is not None:
         disk.set_id(serial)
     from vq.devices.blk import BlkDevice
-    from vq.serve import Server
+    from vq.server import Server
 
     try:
         device = BlkDevice(

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from vq import virtio as v
-from vq.device import Device
 from vq.device_state import pack_state, unpack_state
 from vq.devices.disk_lock import NO_LOCKS, DiskLock
 from vq.errors import FrontendError, ResourceError, UsageError
+from vq.hosted_device import HostedDevice
 from vq.offer import QUEUES_MAX, Offer, with_postcopy
 from vq_core.blk_worker import BlkWorker
 from vq_core.disk import Disk
@@ -54,7 +54,7 @@ class BlkState(msgspec.Struct, frozen=True):
     writeback: Annotated[int, msgspec.Meta(ge=0, le=1)]
 
 
-class BlkDevice(Device):
+class BlkDevice(HostedDevice):
     """A vhost-user-blk device on a disk.
 
     Parameters

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from vq import virtio as v
-from vq.device import Device
 from vq.device_state import pack_state, unpack_state
 from vq.devices.net_control import COMMAND_MAX, Change, CommandError, NetControl
 from vq.errors import FrontendError, UsageError
+from vq.hosted_device import HostedDevice
 from vq.message import BackendRequest
 from vq.offer import QUEUES_MAX, Offer, with_postcopy
 from vq_core.chain_queue import Chain, ChainQueue
@@ -68,7 +68,7 @@ class NetState(msgspec.Struct, frozen=True):
     control: dict[str, Any] | None = None  # of `NetControl.save`, if it has a control queue
 
 
-class NetDevice(Device):
+class NetDevice(HostedDevice):
     """A vhost-user-net device whose packets go through a `VhostPort`.
 
     Parameters

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import select
+import signal
+import threading
 import time
 from collections.abc import Callable
 
 from vq.backend import Backend
 from vq.closing import Closing
-from vq.device import Device
 from vq.errors import UsageError
+from vq.hosted_device import HostedDevice
 from vq.waker import Waker
 
-__all__ = ["Server"]
+__all__ = ["Server", "serve"]
 
 
 class Server(Closing):
@@ -38,7 +40,7 @@ class Server(Closing):
 
     def __init__(
         self,
-        device: Device,
+        device: HostedDevice,
         *,
         path: str | None = None,
         client: bool = False,
@@ -128,3 +130,45 @@ class Server(Closing):
                 self.backend.report()
         while self._calls:
             self._calls.pop(0)()
+
+
+def serve(
+    device: HostedDevice,
+    *,
+    socket_path: str | None = None,
+    client: bool = False,
+    fd: int | None = None,
+    mode: int | None = None,
+    duration: float | None = None,
+) -> None:
+    """Host a device until SIGINT or SIGTERM, and close it.
+
+    Parameters
+    ----------
+    device
+        A `vq.Device`, or another `vq.HostedDevice`.
+    socket_path, client, fd, mode
+        As `path`, `client`, `fd` and `mode` of `vq.Backend`.
+    duration
+        Seconds, then it returns by itself.
+
+    Raises
+    ------
+    UsageError, ResourceError
+        The socket cannot be made.
+
+    Notes
+    -----
+    Signals are handled in the main thread only, and as before when it returns; elsewhere use `vq.Server`.
+    """
+    with Server(device, path=socket_path, client=client, fd=fd, mode=mode) as server:
+        main = threading.current_thread() is threading.main_thread()
+        before = {
+            number: signal.signal(number, lambda *_: server.request_stop())
+            for number in ((signal.SIGINT, signal.SIGTERM) if main else ())
+        }
+        try:
+            server.run(duration)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
