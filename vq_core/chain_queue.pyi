@@ -1,3 +1,4 @@
+from vq_core.queue import Queue
 from vq_core.served_queue import ServedQueue
 
 class Chain:
@@ -12,4 +13,5 @@ class Chain:
     def refuse(self) -> None: ...
 
 class ChainQueue(ServedQueue):
+    def __init__(self, queue: Queue, limit: int = 4096) -> None: ...
     def pop(self) -> Chain | None: ...

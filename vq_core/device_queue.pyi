@@ -7,6 +7,8 @@ from vq_core.served_queue import ServedQueue
 
 TURN: int
 
+class Segment: ...
+
 class DeviceChain:
     queue: DeviceQueue
     @property

@@ -13,13 +13,13 @@ from interop.process import wait_until
 from interop.rig import Rig
 
 pytestmark = pytest.mark.guest
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples/entropy.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples/first_device.py"
 
 
 def test_a_guest_takes_its_entropy_from_python(rig: Rig) -> None:
     """QEMU connects to such a device once, and does not wait for it."""
     path = rig.sock()
-    example = rig.child("entropy", [sys.executable, str(EXAMPLE), str(path)])
+    example = rig.child("first", [sys.executable, str(EXAMPLE), str(path)])
     wait_until("the example listens", path.exists, 20, [example])
     options = [word.split(",reconnect")[0] for word in shared_words(path)]
     guest = rig.guest(path, options=[*options, "-device", "vhost-user-rng-pci,chardev=c0"])

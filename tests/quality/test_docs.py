@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from quality.tree import ROOT, files, name
 from vq.port_kinds import KINDS, markdown
 from vq.ports import parse_ports
+from vq.testing import Guest
+from waiting import wait_for
 
 DOCUMENTS = [path for path in files() if path.suffix == ".md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
@@ -169,32 +172,35 @@ def test_the_example_that_asks_gets_an_answer(tmp_path: Path) -> None:
     assert "MRG_RXBUF" in done.stdout.split()
 
 
-@pytest.mark.parametrize("layout", ["split", "packed"])
-def test_the_example_of_an_entropy_source_fills_buffers(layout: str, tmp_path: Path) -> None:
-    from channel_rig import FEATURES, Peer
-    from vq import virtio as v
-    from waiting import wait_for
-
-    path = str(tmp_path / "a.sock")
-    with subprocess.Popen([sys.executable, str(ROOT / "examples/entropy.py"), path]) as child:
-        wait_for(lambda: Path(path).exists(), 20)
-        features = FEATURES if layout == "packed" else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
-        protocol = v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK)
-        peer = Peer(path, features=features, protocol=protocol, queues=1)
+@contextmanager
+def example(name: str, path: Path) -> Iterator[None]:
+    """Run an example that serves a device; it ends by SIGTERM, and well."""
+    with subprocess.Popen([sys.executable, str(ROOT / "examples" / name), str(path)]) as child:
         try:
-            peer.start()
-            driver = peer.drivers[0]
-            assert driver.layout == layout
-            seen = set()
-            for _ in range(20):
-                token = driver.add([], [64])
-                driver.kick()
-                done: list[Any] = []
-                wait_for(lambda done=done: done.extend(driver.poll()) or done)
-                assert [(token is given, length) for given, length in done] == [(True, 64)]
-                seen.add(token.written(64))
-            assert len(seen) == 20
+            wait_for(lambda: path.exists() or child.poll() is not None)
+            yield
         finally:
-            peer.close()
             child.send_signal(signal.SIGTERM)
     assert child.returncode == 0
+
+
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_the_first_device_fills_buffers(layout: str, tmp_path: Path) -> None:
+    with example("first_device.py", tmp_path / "s"), Guest(tmp_path / "s", layout=layout) as guest:
+        seen = {guest.ask(room=64) for _ in range(20)}
+    assert len(seen) == 20
+    assert {len(data) for data in seen} == {64}
+
+
+def test_the_asyncio_device_answers_when_it_is_done(tmp_path: Path) -> None:
+    with example("asyncio_device.py", tmp_path / "s"), Guest(tmp_path / "s") as guest:
+        guest.send(b"x" * 300, 300)
+        guest.send(b"first", 5)
+        assert [answer for _, answer in guest.used(2)] == [b"FIRST", b"X" * 300]
+
+
+def test_the_tutorial_has_the_first_device() -> None:
+    """The text and the example are the same, and short."""
+    program = (ROOT / "examples/first_device.py").read_text()
+    assert f"```python\n{program}```" in (ROOT / "docs/devices.md").read_text()
+    assert program.count("\n") <= 20
