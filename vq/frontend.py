@@ -2,7 +2,7 @@
 
 `Frontend` has a method for each message, and believes no answer (`vq.dialogue` waits for them and checks their form).
 It knows sockets and messages, not guest memory: the caller makes the memory, places the rings in it (`vq_core.driver`)
-and passes fds and addresses.
+and passes fds and addresses; or leaves all that to `Frontend.driver` (`vq.ring_driver`).
 
 Spec: vhost-user, "Communication", "Starting and stopping rings"; a front-end's duties.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from vq import virtio as v
@@ -25,6 +25,9 @@ from vq.message import Request, encode_request
 from vq.offer import PAGE_BYTES
 from vq.payload import VRING_NOFD_MASK, Config, Inflight, Log, Region, Transfer, VringAddr, VringState
 from vq.state_transfer import STATE_MAX
+
+if TYPE_CHECKING:
+    from vq.ring_driver import DriverGuest, RingDriver
 
 __all__ = ["Frontend", "RingSetup"]
 
@@ -71,6 +74,57 @@ class RingSetup:
 
 class Frontend(Dialogue):
     """A connection to a back-end and what can be asked of it; made by `connect`, `listen` or `adopt`."""
+
+    _guest: DriverGuest | None = None
+
+    def close(self) -> None:
+        """Close the connection, and then let go of what the drivers had; may be called twice."""
+        super().close()
+        guest, self._guest = self._guest, None
+        if guest is not None:
+            guest.close()
+
+    @property
+    def drivers(self) -> Mapping[int, RingDriver]:
+        """The drivers that there are, by queue."""
+        return {} if self._guest is None else self._guest.drivers
+
+    def driver(self, queue: int, size: int = 256, layout: str | None = None, *, features: int = 0) -> RingDriver:
+        """Give a driver for a queue, its ring started.
+
+        The first one negotiates, unless that was done, and shares a memory of its own with the back-end; who wants to
+        say more about that negotiates first, or uses `vq_core.driver` and `start_ring`.
+
+        Parameters
+        ----------
+        queue
+            Index of the queue.
+        size
+            Entries of its ring: 1 to 32768, a power of two where the layout is split.
+        layout
+            "split" or "packed", the same for all queues; None: packed if the back-end offers it.
+        features
+            Features of the device that are wanted, as a mask; only the first driver can say so.
+
+        Raises
+        ------
+        UsageError
+            The size or the layout is not possible, or the queue has a driver.
+        BackendError
+            The back-end does not offer the layout, or broke the protocol.
+        """
+        from vq.ring_driver import DriverGuest, RingDriver  # numpy is slow to import
+
+        if self._guest is None:
+            self._guest = DriverGuest(self, layout, features)
+        guest = self._guest
+        guest.check(layout)
+        if queue in guest.drivers:
+            raise UsageError(f"queue {queue} has a driver already; use that one")
+        driver = RingDriver(guest, queue, size)
+        guest.drivers[queue] = driver
+        driver.start()
+        return driver
 
     # --- Negotiation -------------------------------------------------------------------------------------------------
 

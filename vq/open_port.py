@@ -18,7 +18,7 @@ from vq_core.port import Port
 from vq_core.ports.gen import GenPort
 from vq_core.ports.null import NullPort
 
-__all__ = ["OpenPort", "descriptors", "open_port"]
+__all__ = ["OpenPort", "descriptors", "lanes_of", "open_port"]
 
 
 class OpenPort:
@@ -212,13 +212,20 @@ def descriptors(spec: PortSpec) -> tuple[int, int]:
     return 1 + queues, 1 + queues
 
 
-def open_port(spec: PortSpec, *, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
+def lanes_of(port: PortSpec | Port) -> int:
+    """How many endpoints a port asks of interchangeable ones beside it."""
+    if isinstance(port, Port):
+        return max(1, port.endpoint_count)
+    return port.number("queues") if port.kind in ("vhost", "tap") else 1
+
+
+def open_port(spec: PortSpec | Port, *, lanes: int, report_fd: int, changed: Callable[[], None]) -> OpenPort:
     """Open one port.
 
     Parameters
     ----------
     spec
-        The parsed PORT argument.
+        The parsed PORT argument; or a port that somebody else has opened and will close.
     lanes
         Endpoints that interchangeable ports (null, gen) get: the most queue pairs of any other port.
     report_fd
@@ -233,6 +240,8 @@ def open_port(spec: PortSpec, *, lanes: int, report_fd: int, changed: Callable[[
     ResourceError
         The system refused.
     """
+    if isinstance(spec, Port):
+        return OpenPort(spec.name, "own", spec)
     try:
         return OPENERS[spec.kind](spec, lanes, report_fd, changed)
     except ValueError as error:

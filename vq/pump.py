@@ -15,11 +15,12 @@ from vq.backend import Backend
 from vq.errors import UsageError
 from vq.groups import PortArgument, parse_groups
 from vq.limits import ensure_open_files
-from vq.open_port import OpenPort, descriptors, open_port
+from vq.open_port import OpenPort, descriptors, lanes_of, open_port
 from vq.planner import Planner
 from vq.ports import PortSpec
 from vq.sub_burst import SUB_BURST, check_sub_burst
 from vq.waker import Waker
+from vq_core.port import Port
 from vq_core.worker import Worker
 
 __all__ = ["Pump"]
@@ -36,7 +37,8 @@ class Pump:
     Parameters
     ----------
     ports
-        PORT arguments of the command line, parsed or not. Several groups, each joined for itself, are written with
+        PORT arguments of the command line, parsed or not, and ports that are open: those of a class of your own,
+        which stay yours to close, after the pump. Several groups, each joined for itself, are written with
         the word ``+`` between them, or as a sequence of sequences: ``[["vhost:a", "vhost:b"], ["vhost:c"]]``.
     cpus
         A worker for each of these processors; None: one worker, wherever the kernel puts it.
@@ -76,7 +78,7 @@ class Pump:
             if cpu not in os.sched_getaffinity(0):
                 allowed = sorted(os.sched_getaffinity(0))
                 raise UsageError(f"cpu {cpu} is not among the processors of this process: {allowed}")
-        counts = [descriptors(spec) for group in groups for spec in group]
+        counts = [descriptors(spec) for group in groups for spec in group if isinstance(spec, PortSpec)]
         ensure_open_files(sum(needed for needed, _ in counts), sum(wanted for _, wanted in counts))
         self.ports: list[OpenPort] = []
         self._epoll = select.epoll()
@@ -103,9 +105,9 @@ class Pump:
             self.stop()
             raise
 
-    def _join(self, specs: Sequence[PortSpec]) -> None:
+    def _join(self, specs: Sequence[PortSpec | Port]) -> None:
         """Open the ports of a group."""
-        lanes = max((spec.number("queues") for spec in specs if spec.kind in ("vhost", "tap")), default=1)
+        lanes = max(map(lanes_of, specs), default=1)
         group = []
         for spec in specs:
             port = open_port(spec, lanes=lanes, report_fd=self._report_fd, changed=self._changed)

@@ -18,9 +18,7 @@ class Buffer:
     id: int
     readable: tuple[memoryview, ...]
     writable: tuple[memoryview, ...]
-    def __init__(
-        self, readable: Iterable[memoryview], writable: Iterable[memoryview], table: Block | None
-    ) -> None: ...
+    def __init__(self, readable: Iterable[memoryview], writable: Iterable[memoryview], table: Block | None) -> None: ...
     def written(self, length: int) -> bytes: ...
 
 class DriverQueue:

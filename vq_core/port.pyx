@@ -1,14 +1,19 @@
 """The base of all ports: their endpoints and who owns them."""
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from vq_core.counters cimport DROP_CAUSES, counters_snapshot, counters_t
+from vq_core.counters cimport DROP_CAUSES, DROP_NOT_CONNECTED, counters_snapshot, counters_t
 
 
-# What an endpoint does until its port says otherwise: it has no packets, and room for all.
+# What an endpoint does until its port says otherwise: it has no packets, and room for all, whom it drops.
 
 cdef int _pull_nothing(endpoint_t* endpoint, burst_t* burst, int limit) noexcept nogil:
     burst.count = 0
     return 0
+
+
+cdef int _push_away(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogil:
+    endpoint.pushed.dropped[DROP_NOT_CONNECTED] += count
+    return count
 
 
 cdef void _release_nothing(endpoint_t* endpoint, burst_t* burst, int count) noexcept nogil:
@@ -68,7 +73,7 @@ cdef class Port:
         return not self.sources
 
     cdef int allocate(self, int count) except -1:
-        """Make `count` endpoints with counters of their own, which lack only `push`; for subclasses' constructors."""
+        """Make `count` endpoints with counters of their own, without packets or use for any; for subclasses."""
         cdef int i
         cdef counters_t* counters
         self.endpoints = <endpoint_t**>calloc(count, sizeof(endpoint_t*))
@@ -85,6 +90,7 @@ cdef class Port:
             self.endpoints[i].pulled = counters
             self.endpoints[i].pushed = counters + 1
             self.endpoints[i].pull = _pull_nothing
+            self.endpoints[i].push = _push_away
             self.endpoints[i].release = _release_nothing
             self.endpoints[i].flush = _flush_nothing
             self.endpoints[i].room = _room_for_all

@@ -13,6 +13,7 @@ from quality.tree import ROOT, below, name, without_comments
 GENERATED = ROOT / "build/cython"
 # The signature up to its colon may run over several lines; an extern declaration or a type has none after it.
 SIGNATURE = re.compile(r"^[ \t]*cdef\s+[^\n(=]*?(\w+)\s*\(([^:]*?)\)\s*noexcept\s+nogil\s*:", re.M)
+CLASS = re.compile(r"^cdef class (\w+)", re.M)
 DEFINITION = re.compile(r"^static [^;={}]*?\b(__pyx_f_\w+)\([^;{}]*\)\s*\{\n(.*?)^\}", re.M | re.S)
 # Anything of the C API: Py_INCREF, PyErr_Occurred, __Pyx_WriteUnraisable, __Pyx_PyGILState_Ensure, ...
 API = re.compile(r"\b(_?Py[A-Z_]\w*|__Pyx_\w+)\s*\(")
@@ -28,8 +29,12 @@ def hot_functions() -> dict[str, Path]:
     found = {}
     for path in below("vq_core", ".pyx", ".pxd"):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for match in SIGNATURE.finditer(without_comments(path.read_text())):
-            found[mangled(module, match[1])] = path
+        text = without_comments(path.read_text())
+        for match in SIGNATURE.finditer(text):
+            owner = module
+            if match[0].startswith(" "):  # a method
+                owner += "." + CLASS.findall(text[: match.start()])[-1]
+            found[mangled(owner, match[1])] = path
     return found
 
 

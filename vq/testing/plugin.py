@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from vq.frontend import Frontend
     from vq.hosted_device import HostedDevice
     from vq.testing.guest import Guest
 
@@ -42,5 +43,19 @@ def vq_guest(vq_serve: Callable[[HostedDevice], str]) -> Iterator[Callable[..., 
         def connect(to: Any, **options: Any) -> Guest:
             path = to if isinstance(to, str | Path) else vq_serve(to)
             return stack.enter_context(Guest(path, **options))
+
+        yield connect
+
+
+@pytest.fixture
+def vq_frontend(vq_serve: Callable[[HostedDevice], str]) -> Iterator[Callable[..., Frontend]]:
+    """Connect a front-end to a device that is served, or to the path of a socket; `driver(0)` drives its queue 0."""
+    from vq.frontend import Frontend
+
+    with ExitStack() as stack:
+
+        def connect(to: Any, **options: Any) -> Frontend:
+            path = str(to) if isinstance(to, str | Path) else vq_serve(to)
+            return stack.enter_context(Frontend.connect(path, **options))
 
         yield connect

@@ -1,0 +1,81 @@
+"""A device that hashes what a driver sends, and a port that measures packets: both run in a worker, without the GIL."""
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+from vq_core cimport CHAIN_ABI, OFFLOAD_ALL, PORT_ABI, ChainWorker, Port, endpoint_t, exchange_t, packet_t
+
+if CHAIN_ABI != 1 or PORT_ABI != 1:
+    raise ImportError(f"fnv.pyx was written for version 1 of vq's contracts, not {CHAIN_ABI} and {PORT_ABI}")
+
+
+cdef uint64_t fnv1a(const uint8_t* data, uint32_t length) noexcept nogil:
+    cdef uint64_t value = 0xcbf29ce484222325
+    cdef uint32_t i
+    for i in range(length):
+        value = (value ^ data[i]) * <uint64_t>0x100000001b3
+    return value
+
+
+cdef class HashWorker(ChainWorker):
+    """Answers each request with the FNV-1a hash of its bytes, 8 bytes, little-endian."""
+
+    cdef int64_t answer(self, exchange_t* exchange) noexcept nogil:
+        cdef uint64_t value
+        if exchange.readable_bytes > exchange.data_bytes or exchange.reply_bytes < sizeof(value):
+            return -1            # no request of ours: the queue breaks
+        value = fnv1a(exchange.data, exchange.data_bytes)
+        memcpy(exchange.reply, &value, sizeof(value))
+        return sizeof(value)
+
+
+cdef enum:
+    CLASSES = 17
+
+cdef struct sizes_t:
+    uint64_t packets[CLASSES]    # by the number of bits of their length
+
+
+cdef int push(endpoint_t* endpoint, packet_t* packets, int count) noexcept nogil:
+    cdef sizes_t* sizes = <sizes_t*>endpoint.port
+    cdef uint32_t length
+    cdef int i, bits
+    for i in range(count):
+        length = packets[i].length
+        bits = 0
+        while length and bits < CLASSES - 1:
+            length >>= 1
+            bits += 1
+        sizes.packets[bits] += 1
+        endpoint.pushed.bytes += packets[i].length
+    endpoint.pushed.packets += count
+    return count
+
+
+cdef class SizesPort(Port):
+    """A sink that counts packets by their length, in powers of two."""
+    cdef sizes_t* sizes
+
+    directions = ("to_sizes", "from_sizes")
+
+    def __cinit__(self, str name):
+        self.name = name
+        self.sizes = <sizes_t*>calloc(1, sizeof(sizes_t))
+        if self.sizes == NULL:
+            raise MemoryError("sizes")
+        self.allocate(1)
+        self.endpoints[0].port = self.sizes
+        self.endpoints[0].accepts = OFFLOAD_ALL
+        self.endpoints[0].push = push
+
+    def __dealloc__(self):
+        free(self.sizes)
+
+    @property
+    def sources(self):
+        """list of int: none; nothing comes from a sink."""
+        return []
+
+    @property
+    def histogram(self):
+        """dict: packets by the least power of two that is more than their length."""
+        return {1 << bits: self.sizes.packets[bits] for bits in range(CLASSES) if self.sizes.packets[bits]}

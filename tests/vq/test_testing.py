@@ -1,0 +1,108 @@
+"""vq.testing and the drivers of a front-end, as somebody uses them who tests a device of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import vq
+from vq import virtio as v
+from vq.errors import BackendError, UsageError
+from vq_core.queue import Queue
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+Connect = Callable[..., vq.Frontend]
+pytest_plugins = ["vq.testing.plugin"]
+
+FEATURES = v.mask(v.VIRTIO_F_VERSION_1, v.VHOST_USER_F_PROTOCOL_FEATURES)
+
+
+class Idle(vq.HostedDevice):
+    """Two queues that nobody serves; split rings only."""
+
+    def __init__(self) -> None:
+        self.name = "idle"
+        self.queues = [Queue(0, "queue0"), Queue(1, "queue1")]
+        self.offer = vq.Offer(FEATURES, v.mask(v.VHOST_USER_PROTOCOL_F_MQ), queue_count=2, queue_num_answer=2)
+
+
+def outside(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest away from this tree and its conftest.py."""
+    plugin = ["-p", "vq.testing.plugin", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugin, *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_a_device_is_tested_by_the_fixtures(tmp_path: Path) -> None:
+    (tmp_path / "test_reverser.py").write_text((EXAMPLES / "test_reverser.py").read_text())
+    run = outside(tmp_path, "test_reverser.py")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "6 passed" in run.stdout
+
+
+def test_a_wrong_device_fails(tmp_path: Path) -> None:
+    text = (EXAMPLES / "test_reverser.py").read_text()
+    assert "chain.read()[::-1]" in text
+    (tmp_path / "test_reverser.py").write_text(text.replace("chain.read()[::-1]", "chain.read()"))
+    run = outside(tmp_path, "test_reverser.py", "-k", "split")
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "2 failed" in run.stdout
+
+
+def test_the_fixtures_cost_nothing_unused(tmp_path: Path) -> None:
+    (tmp_path / "test_other.py").write_text(
+        "import sys\n\ndef test_other():\n"
+        "    assert 'vq.testing.plugin' in sys.modules\n"
+        "    heavy = ['numpy', 'hypothesis', 'vq.session', 'vq.testing.guest', 'vq_core']\n"
+        "    assert [name for name in heavy if name in sys.modules] == []\n"
+    )
+    run = outside(tmp_path, "-p", "no:hypothesispytest", "test_other.py")
+    assert "1 passed" in run.stdout, run.stdout + run.stderr
+
+
+def test_strategies_say_what_they_need() -> None:
+    code = "import sys; sys.modules['hypothesis'] = None; import vq.testing.strategies"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install hypothesis" in run.stderr
+
+
+def test_two_drivers_share_a_memory(vq_frontend: Connect) -> None:
+    device = Idle()
+    frontend = vq_frontend(device)
+    one, other = frontend.driver(0, 4), frontend.driver(1, 8, "split")
+    assert (one.ring.layout, other.ring.layout) == ("split", "split")
+    assert one.ring.memory is other.ring.memory
+    assert dict(frontend.drivers) == {0: one, 1: other}
+    assert [queue.started for queue in device.queues] == [True, True]
+    other.close()
+    assert [queue.started for queue in device.queues] == [True, False]
+    frontend.close()
+    assert dict(frontend.drivers) == {}
+
+
+def test_what_a_driver_cannot_be(vq_frontend: Connect) -> None:
+    frontend = vq_frontend(Idle())
+    with pytest.raises(UsageError, match="split and packed"):
+        frontend.driver(0, layout="round")
+    with pytest.raises(UsageError, match="power of two"):
+        frontend.driver(0, 3)
+    frontend.driver(0)
+    with pytest.raises(UsageError, match="has a driver"):
+        frontend.driver(0)
+    with pytest.raises(BackendError, match="RING_PACKED in"):
+        frontend.driver(1, layout="packed")
+
+
+def test_a_layout_that_is_not_offered(vq_frontend: Connect) -> None:
+    with pytest.raises(BackendError, match="RING_PACKED in"):
+        vq_frontend(Idle()).driver(0, layout="packed")
+
+
+def test_a_device_that_does_not_answer(vq_frontend: Connect) -> None:
+    driver = vq_frontend(Idle()).driver(0)
+    with pytest.raises(BackendError, match=r"nothing was used within 0\.05 s of 1"):
+        driver.ask(b"hello", timeout=0.05)

@@ -1,0 +1,127 @@
+"""The worker for requests: its life, what it gives back, and what it does not take."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+import vq
+from vq import virtio as v
+from vq_core.chain_worker import ChainWorker
+from vq_core.driver import Buffer
+from vq_core.queue import Queue
+
+FEATURES = v.mask(
+    v.VIRTIO_F_VERSION_1,
+    v.VIRTIO_F_RING_PACKED,
+    v.VIRTIO_F_INDIRECT_DESC,
+    v.VIRTIO_F_EVENT_IDX,
+    v.VHOST_USER_F_PROTOCOL_FEATURES,
+)
+PROTOCOL = v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_MQ)
+OUTSIDE = 1 << 45  # no memory there
+
+Connect = Callable[..., vq.Frontend]
+pytest_plugins = ["vq.testing.plugin"]
+
+every_layout = pytest.mark.parametrize("layout", ["split", "packed"])
+
+
+class Swallow(vq.HostedDevice):
+    """Two queues, whose requests come back empty."""
+
+    in_order = True
+
+    def __init__(self) -> None:
+        self.name = "swallow"
+        self.queues = [Queue(0, "queue0"), Queue(1, "queue1")]
+        self.offer = vq.Offer(FEATURES, PROTOCOL, queue_count=2, queue_num_answer=2)
+        self.worker = ChainWorker(self.queues)
+        self._thread = threading.Thread(target=self.worker.run)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self.worker.stop()
+        self._thread.join()
+        self.worker.close()
+
+
+@every_layout
+def test_all_come_back(vq_frontend: Connect, layout: str) -> None:
+    device = Swallow()
+    frontend = vq_frontend(device)
+    for index in (0, 1):
+        driver = frontend.driver(index, 64, layout)
+        sent: list[Buffer] = []
+        back: list[tuple[Buffer, int]] = []
+        for count in range(300):
+            sent.append(driver.add([bytes(10)], [7], indirect=count % 3 == 0))
+            if driver.ring.free < 2:
+                driver.kick()
+                back += driver.wait()
+        driver.kick()
+        while len(back) < len(sent):
+            back += driver.wait()
+        assert [buffer for buffer, _ in back] == sent
+        assert {length for _, length in back} == {0}
+    assert device.worker.snapshot()["answered"] == 600
+
+
+@every_layout
+def test_a_bad_chain_breaks_its_queue_alone(vq_frontend: Connect, layout: str) -> None:
+    device = Swallow()
+    frontend = vq_frontend(device)
+    one, other = frontend.driver(0, 8, layout), frontend.driver(1, 8)
+    one.add([(OUTSIDE, 64)])
+    one.kick()
+    assert other.ask(b"x") == b""
+    one.stop()  # a boundary of the worker lies behind this
+    assert device.queues[0].snapshot()["broken"] is not None
+    assert device.queues[1].snapshot()["broken"] is None
+    assert other.ask(b"x") == b""
+
+
+def test_messages_come_through_under_load(vq_frontend: Connect) -> None:
+    device = Swallow()
+    frontend = vq_frontend(device)
+    driver, other = frontend.driver(0, 256), frontend.driver(1)
+    for _ in range(50):
+        while driver.ring.free:
+            driver.add([b"request"])
+        driver.kick()
+        other.stop()
+        other.start()
+        assert other.ask(b"x") == b""
+        driver.wait()
+
+
+def test_what_it_does_not_take() -> None:
+    queue = Queue(0, "queue0")
+    with pytest.raises(ValueError, match="adaptive"):
+        ChainWorker([queue], poll="never")
+    with pytest.raises(ValueError, match="limit"):
+        ChainWorker([queue], limit=-1)
+    worker = ChainWorker([queue])
+    with pytest.raises(ValueError, match="belongs to a worker"):
+        ChainWorker([queue])
+    with pytest.raises(ValueError, match="already"):
+        worker.__init__([])  # type: ignore[misc]
+    worker.close()
+    worker.close()
+    with pytest.raises(ValueError, match="closed"):
+        worker.run()
+    ChainWorker([queue]).close()
+
+
+def test_a_subclass_that_forgets_the_base() -> None:
+    class Forgetful(ChainWorker):
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(ValueError, match="__init__"):
+        Forgetful().run()
+    Forgetful().close()
