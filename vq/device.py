@@ -46,6 +46,8 @@ class Device(HostedDevice):
         How many virtqueues it has, or their names. Of an object: the rings of the control plane.
     features : int or iterable of int
         Feature bits of its own: a mask, or numbers of bits. What concerns rings and memory is offered anyway.
+    packed : bool
+        Offer the packed layout of rings beside the split one.
     max_bytes : int
         Longest request; see `vq.DeviceQueue`.
     Config : type of ConfigLayout, optional
@@ -79,6 +81,7 @@ class Device(HostedDevice):
     device_id: int = 0
     queues: Any = 1
     features: int | Iterable[int] = 0
+    packed: bool = True
     max_bytes: int = 1 << 20
     Config: ClassVar[type[ConfigLayout] | None] = None
     config: Any
@@ -113,7 +116,8 @@ class Device(HostedDevice):
         if type(self).save_state is not HostedDevice.save_state:
             protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_DEVICE_STATE)
         own = self.features if isinstance(self.features, int) else v.mask(*self.features)
-        self.offer = Offer(FEATURES | own, protocol, len(names), len(names), config_size=size)
+        rings = FEATURES if self.packed else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
+        self.offer = Offer(rings | own, protocol, len(names), len(names), config_size=size)
 
     # -- for subclasses --
 
@@ -152,9 +156,9 @@ class Device(HostedDevice):
         self._calls.append(action)
         self._waker.wake()
 
-    def watch(self, fd: int, ready: Callable[[], object]) -> None:
-        """Call `ready` in the control thread whenever a descriptor is readable, until `unwatch`."""
-        self._epoll.register(fd, select.EPOLLIN)
+    def watch(self, fd: int, ready: Callable[[], object], *, writing: bool = False) -> None:
+        """Call `ready` in the control thread whenever a descriptor is readable (or writable), until `unwatch`."""
+        self._epoll.register(fd, select.EPOLLOUT if writing else select.EPOLLIN)
         self._watched[fd] = ready
 
     def unwatch(self, fd: int) -> None:

@@ -63,10 +63,10 @@ class Rig:
         self._ends.append(guest.close)
         return guest.wait_booted() if boot else guest
 
-    def uml_guest(self, sock: Path) -> UmlGuest:
+    def uml_guest(self, sock: Path, **more: Any) -> UmlGuest:
         """Start a user-mode Linux on a socket, and wait until it has booted."""
         requirements.need("uml")
-        guest = UmlGuest(sock, self.scratch)
+        guest = UmlGuest(sock, self.scratch, **more)
         self._ends.append(guest.kill)
         guest.wait_booted()
         return guest

@@ -1,7 +1,9 @@
-"""A device that Python serves, from the examples, under a QEMU guest."""
+"""Devices that Python serves, under guests with Linux."""
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ import pytest
 from interop.guest import shared_words
 from interop.process import wait_until
 from interop.rig import Rig
+from vq.devices.console import ConsoleDevice
+from vq.testing import serving
+from vq.virtio import DeviceId
 
 pytestmark = pytest.mark.guest
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/first_device.py"
@@ -31,3 +36,34 @@ def test_a_guest_takes_its_entropy_from_python(rig: Rig) -> None:
     guest.kill()
     example.signal(signal.SIGTERM)
     assert example.wait(10) == 0
+
+
+class SplitConsole(ConsoleDevice):
+    """User-mode Linux says a packed ring's base without its wrap counter."""
+
+    packed = False
+
+
+def test_linux_has_a_terminal_here(rig: Rig) -> None:
+    """A console of Linux at a pseudo-terminal of ours, both ways, with a size that changes."""
+    device = SplitConsole.at_pty()
+    assert device.path is not None
+    with serving(device, rig.sock()):
+        guest = rig.uml_guest(rig.sock(), device_id=DeviceId.CONSOLE)
+        guest.check("modprobe virtio_console")
+        terminal = os.open(device.path, os.O_RDWR | os.O_NOCTTY)
+        try:
+            guest.check("echo from the guest >/dev/hvc0")
+            heard = b""
+            while b"from the guest\r\n" not in heard:
+                assert select.select([terminal], [], [], 30)[0], heard
+                heard += os.read(terminal, 100)
+            os.write(terminal, b"from the host\n")
+            assert guest.check("head -n 1 </dev/hvc0", 30) == "from the host\n"
+            device.resize(100, 30)
+            size = "stty -F /dev/hvc0 size"
+            guest.check(f"for i in $(seq 100); do [ \"$({size})\" = '30 100' ] && break; sleep 0.1; done")
+            assert guest.check(size).strip() == "30 100"
+        finally:
+            os.close(terminal)
+            guest.kill()

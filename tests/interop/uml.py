@@ -17,7 +17,7 @@ _numbers = itertools.count(1)
 
 
 class UmlGuest(Station):
-    """A Linux in a process, with one vhost-user network device, commanded over its console.
+    """A Linux in a process, with one vhost-user device, commanded over its console.
 
     Parameters
     ----------
@@ -25,9 +25,11 @@ class UmlGuest(Station):
         The back-end's socket.
     scratch : Path
         Folder for its logs.
+    device_id : int
+        What the back-end is: a network device, or another.
     """
 
-    def __init__(self, sock: Path, scratch: Path) -> None:
+    def __init__(self, sock: Path, scratch: Path, device_id: int = 1) -> None:
         found = requirements.find_uml()
         assert found
         program, modules = found
@@ -40,7 +42,7 @@ class UmlGuest(Station):
         words = [
             *("mem=128M", f"initrd={image.build(modules, image.UML_MODULES)}", "rdinit=/init", f"uml_dir={folder}"),
             *("con0=fd:0,fd:1", "con=null", "ssl=null", "quiet", "loglevel=4", "net.ifnames=0"),
-            *("vq_port=/dev/console", f"virtio_uml.device={sock}:1"),
+            *("vq_port=/dev/console", f"virtio_uml.device={sock}:{device_id}"),
         ]
         library = folder / "uml_ptrace.so"
         source = Path(__file__).with_name("uml_ptrace.c")
