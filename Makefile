@@ -3,6 +3,7 @@
 # make build  virtual environment, compiled package and what the tests import
 # make peers  the peers only
 # make lint   ruff, cython-lint, mypy
+# make docs   the documentation as HTML in build/docs
 # make bench  the benchmarks; keeps each result under .benchmarks/
 # make tuning the plots and tables of docs/tuning.md, measured on this machine in less than five minutes
 # make clean  removes everything that these made
@@ -17,7 +18,7 @@ TESTS ?=
 # Compiling starts anew when one of these changes; nothing happens when none did.
 SOURCES := $(shell find vq_core -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 
-.PHONY: demo test build peers lint bench tuning clean
+.PHONY: demo test build peers lint docs bench tuning clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/tested
@@ -38,6 +39,9 @@ lint: build
 	@$(BIN)/ruff check .
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint vq_core
 	@$(BIN)/mypy
+
+docs: build
+	@$(BIN)/python -m sphinx -q -W docs build/docs
 
 bench: build
 	@$(call EXTRA,bench)
@@ -91,5 +95,4 @@ endef
 EXTRA = $(BIN)/python -c '$(PROJECT); print(*project["project"]["optional-dependencies"]["$1"], sep="\n")' \
     > $(VENV)/$1-requirements.txt && $(BIN)/python -m pip install --quiet --requirement $(VENV)/$1-requirements.txt
 
-# setuptools calls the table that asks for parallel compilation experimental, each time.
-COMPILE = @$(BIN)/python -W ignore setup.py --quiet build_ext --inplace
+COMPILE = @$(BIN)/python setup.py --quiet build_ext --inplace

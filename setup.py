@@ -1,5 +1,6 @@
 """Extension modules and compiler directives; everything else stands in pyproject.toml."""
 import os
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def extension(path: Path) -> Extension:
                      depends=[str(p) for p in Path("vq_core/include").glob("*.h")])
 
 
-setup(ext_modules=cythonize([extension(path) for path in sorted(Path("vq_core").rglob("*.pyx"))],
-                            compiler_directives=DIRECTIVES, nthreads=os.cpu_count() or 1, build_dir="build/cython",
-                            emit_linenums=bool(os.environ.get("VQ_LINE_NUMBERS"))))
+def extensions() -> list[Extension]:
+    """All of them, as C; as they are for commands that compile nothing, which then take no time either."""
+    found = [extension(path) for path in sorted(Path("vq_core").rglob("*.pyx"))]
+    if {"egg_info", "dist_info", "sdist"} & set(sys.argv):
+        return found
+    return cythonize(found, compiler_directives=DIRECTIVES, nthreads=os.cpu_count() or 1, build_dir="build/cython",
+                     emit_linenums=bool(os.environ.get("VQ_LINE_NUMBERS")))
+
+
+# The option stands here since setuptools calls the table of pyproject.toml for it experimental, each time.
+setup(options={"build_ext": {"parallel": True}}, ext_modules=extensions())

