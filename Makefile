@@ -14,6 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?=
 TESTS ?=
+# Guests beside all else, where there are two processors; make test SIDES= has one after the other.
+SIDES ?= $(if $(filter 1,$(shell nproc)),,-n 2 --dist loadgroup)
 
 # Compiling starts anew when one of these changes; nothing happens when none did.
 SOURCES := $(shell find vq_core -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
@@ -30,7 +32,7 @@ demo: $(VENV)/built
 test: build
 	@if [ "$$(id -u)" = 0 ]; then scripts/setup-peers.sh; \
 	else echo "not root: tests that need the peers are skipped; sudo make peers brings them"; fi
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TESTS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(SIDES) $(TESTS)
 
 peers:
 	@scripts/setup-peers.sh

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 # The helpers of tests/interop are a package; it is found the same way under every import mode of pytest.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 
 MARKERS = {
     "interop": "drives the pump with a real front-end; slow, needs the peers of scripts/setup-peers.sh",
@@ -41,6 +42,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers, so that --strict-markers holds."""
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``-n 2 --dist loadgroup`` guests run in one process, and all else in another, each in the usual order."""
+    if getattr(config.option, "dist", "no") == "loadgroup":
+        for item in items:
+            guests = HERE / "interop" in item.path.parents
+            item.add_marker(pytest.mark.xdist_group("guests" if guests else "all else"))
 
 
 def _reason(report: Any) -> str:

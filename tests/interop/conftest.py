@@ -12,6 +12,7 @@ from interop.process import LIVE
 from interop.rig import FACTS, Rig
 
 HERE = Path(__file__).parent
+MEASURED = "measured"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,8 +31,10 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add what the programs of a failing test printed; they still run at this moment."""
+    """Add what the test measured, and what the programs of a failing one printed; they still run at this moment."""
     report = yield
+    report.user_properties.extend((MEASURED, fact) for fact in FACTS)
+    FACTS.clear()
     if report.failed:
         for child in LIVE:
             report.sections.extend((title, text) for title, text in child.report() if text)
@@ -41,8 +44,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what the tests measured."""
-    if FACTS:
+    """Print what the tests measured, in whatever process they ran."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    facts = [fact for report in reports for name, fact in getattr(report, "user_properties", ()) if name == MEASURED]
+    if facts:
         terminalreporter.section("interop: measured")
-        for title, fact in FACTS:
+        for title, fact in facts:
             terminalreporter.line(f"{title:60} {fact}")
