@@ -98,7 +98,7 @@ class ConfigLayout:
             if name in ConfigLayout.__annotations__:
                 continue
             size, number = _size(cls, name, kind)
-            value = cls.__dict__.get(name, 0 if number else b"")
+            value = getattr(cls, name, 0 if number else b"")
             default = value.default if isinstance(value, _Writable) else value
             found = _Field(name, offset, size, number, isinstance(value, _Writable), default)
             found.check(default)

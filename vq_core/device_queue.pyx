@@ -190,20 +190,21 @@ cdef class DeviceChain:
             length = left = <uint64_t>buffer.len
             if offset > self._writable_bytes or length > self._writable_bytes - offset:
                 raise ValueError(f"{length} bytes at {offset}; the chain has room for {self._writable_bytes}")
-            if not self.queue._lives(self):
-                return length    # nobody waits for it any more
-            source = <const char*>buffer.buf
-            for i in range(self._readable_count, self._count):
-                if left == 0:
-                    break
-                if skip >= self._segments[i].length:
-                    skip -= self._segments[i].length
-                    continue
-                part = min(left, self._segments[i].length - skip)
-                memcpy(self._segments[i].host + skip, source, part)
-                source += part
-                left -= part
-                skip = 0
+            with cython.critical_section(self.queue):        # where the ring may be about to stop
+                if not self.queue._lives(self):
+                    return length                            # nobody waits for it any more
+                source = <const char*>buffer.buf
+                for i in range(self._readable_count, self._count):
+                    if left == 0:
+                        break
+                    if skip >= self._segments[i].length:
+                        skip -= self._segments[i].length
+                        continue
+                    part = min(left, self._segments[i].length - skip)
+                    memcpy(self._segments[i].host + skip, source, part)
+                    source += part
+                    left -= part
+                    skip = 0
             if offset + length > self._touched:
                 self._touched = offset + length
             return length
@@ -366,7 +367,7 @@ cdef class DeviceQueue(ServedQueue):
 
     cdef bint _lives(self, DeviceChain chain) noexcept:
         cdef queue_t* queue = &self.queue.queue
-        return queue.started and queue.lives == chain._life and not queue.broken
+        return queue.started and queue.lives == chain._life and self._life == chain._life and not queue.broken
 
     @property
     def size(self):
@@ -514,6 +515,8 @@ cdef class DeviceQueue(ServedQueue):
             chain = self._out[left[0]]
             ring_untake(&queue.ring, queue.ring.is_packed, chain._place)
             left = []
+        with cython.critical_section(self):
+            self._life = 0       # from here on no thread writes into what was taken
         self._out.clear()
         self._outstanding = 0
         return 0 if queue.broken else len(left)

@@ -364,6 +364,13 @@ def test_a_wrong_value_is_refused(change: dict[str, Any]) -> None:
     assert config.pack() == before
 
 
+def test_a_layout_goes_on_where_its_base_ends() -> None:
+    class More(Config):
+        serial: Annotated[bytes, 4] = b"next"
+
+    assert More().pack() == Config().pack() + b"next"
+
+
 def test_a_layout_that_cannot_be_is_refused() -> None:
     with pytest.raises(vq.UsageError, match=r"Odd.size is of no type"):
         type("Odd", (vq.ConfigLayout,), {"__annotations__": {"size": int}})

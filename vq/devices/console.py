@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tty
-from contextlib import suppress
 from typing import Final, Self
 
 from vq.config_layout import ConfigLayout, le16, le32
@@ -16,6 +15,7 @@ __all__ = ["ConsoleDevice"]
 
 F_SIZE: Final = 0
 RECEIVEQ, TRANSMITQ = 0, 1
+READ_BYTES = 4096
 
 
 class ConsoleDevice(Device):
@@ -53,6 +53,7 @@ class ConsoleDevice(Device):
         self._source = source
         self._sink = os.dup(sink) if sink == source else sink  # two events, two descriptors
         self._rest = b""  # the sink was full
+        self._input = b""  # the guest had no more room
         self.path: str | None = None
         for fd in (self._source, self._sink):
             os.set_blocking(fd, False)
@@ -77,8 +78,7 @@ class ConsoleDevice(Device):
         if queue.index == TRANSMITQ:
             self._print()
         else:
-            self.unwatch(self._source)
-            self.watch(self._source, self._arrived)
+            self._listen()
 
     def _print(self) -> None:
         """Pass on what the guest writes, until the sink is full."""
@@ -109,21 +109,36 @@ class ConsoleDevice(Device):
 
     def _arrived(self) -> None:
         """Give the guest what has come; without a buffer of it, look again when there is one."""
-        chain = self.chains[RECEIVEQ].pop()
-        if chain is None:
-            self.unwatch(self._source)
+        self.unwatch(self._source)
+        if not self._feed():
             return
-        data = b""
-        with suppress(BlockingIOError):
-            try:
-                data = os.read(self._source, chain.writable_bytes)
-            except OSError:  # a pseudo-terminal whose other end is closed
-                self.unwatch(self._source)
-            else:
-                if not data:
-                    self.unwatch(self._source)
-        chain.write(data)
-        chain.complete()
+        try:
+            data = os.read(self._source, READ_BYTES)
+        except BlockingIOError:
+            data = None
+        except OSError:  # nobody will ever write again
+            data = b""
+        if data != b"":
+            self._input += data or b""
+            self._listen()
+
+    def _listen(self) -> None:
+        """Look at the source as long as the guest has taken what came, and has room for more."""
+        if self._feed():
+            self.unwatch(self._source)
+            self.watch(self._source, self._arrived)
+
+    def _feed(self) -> bool:
+        """Fill buffers of the guest with what has come; whether there is another one for what comes."""
+        queue = self.chains[RECEIVEQ]
+        while self._input:
+            chain = queue.pop()
+            if chain is None:
+                return False
+            count = chain.write(self._input[: chain.writable_bytes])
+            self._input = self._input[count:]
+            chain.complete()
+        return queue.waiting
 
     def close(self) -> None:
         super().close()
