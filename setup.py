@@ -34,7 +34,8 @@ def extension(path: Path) -> Extension:
 def extensions() -> list[Extension]:
     """All of them, as C; as they are for commands that compile nothing, which then take no time either."""
     found = [extension(path) for path in sorted(Path("vq_core").rglob("*.pyx"))]
-    if {"egg_info", "dist_info", "sdist"} & set(sys.argv):
+    building = any(word.startswith(("build", "bdist", "install", "develop", "editable")) for word in sys.argv[1:])
+    if not building and {"egg_info", "dist_info", "sdist"} & set(sys.argv[1:]):
         return found
     return cythonize(found, compiler_directives=DIRECTIVES, nthreads=os.cpu_count() or 1, build_dir="build/cython",
                      emit_linenums=bool(os.environ.get("VQ_LINE_NUMBERS")))

@@ -49,7 +49,8 @@ def parse_groups(
         beside exactly one port.
     """
     groups = _split(ports)
-    specs = iter(parse_ports([port for group in groups for port in group if not _is_open(port)]))
+    words = [port for group in groups for port in group if not _is_open(port)]
+    specs = iter(parse_ports(words) if words or not any(groups) else [])
     named = [[port if _is_open(port) else next(specs) for port in group] for group in groups]
     _check_names([port for group in named for port in group])
     for number, group in enumerate(named, start=1):

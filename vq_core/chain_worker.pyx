@@ -36,8 +36,8 @@ cdef int _serve(ChainWorker owner, chain_worker_t* worker, int index) noexcept n
         exchange.reply_bytes = <uint32_t>min(request.writable_bytes, <uint64_t>worker.limit)
         length = owner.answer(&exchange)
         if length < 0 or length > <int64_t>exchange.reply_bytes:
-            worker.refused += 1
             queue_break(queue, BROKEN_REQUEST, request.id)
+            worker.refused += 1
             break
         length = request_answer(queue, &request, worker.reply, <uint64_t>length)
         if length < 0:

@@ -161,6 +161,26 @@ def test_its_tests_pass_outside_the_tree(python: Path, tmp_path: Path) -> None:
     assert " passed" in run(python, "-m", "pytest", "-p", "no:cacheprovider", "examples/test_reverser.py", cwd=tmp_path)
 
 
+# A request without room for a hash breaks its queue, and the other one goes on.
+REFUSED = """
+import tempfile
+import vq
+from hashing import Hashing
+from vq.testing import serving
+device = Hashing()
+with tempfile.TemporaryDirectory() as folder, serving(device, folder + "/s"):
+    front = vq.Frontend.connect(folder + "/s")
+    one, other = front.driver(0), front.driver(1)
+    one.add([b"x"], [4])
+    one.kick()
+    while not device.worker.snapshot()["refused"]:
+        pass
+    answer = other.ask(b"x", room=8)
+    print(len(answer), device.worker.snapshot()["refused"], bool(device.queues[0].snapshot()["broken"]))
+    front.close()
+"""
+
+
 @pytest.mark.timeout(600)
 def test_a_cython_device_of_ones_own(python: Path, tmp_path: Path) -> None:
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
@@ -170,3 +190,4 @@ def test_a_cython_device_of_ones_own(python: Path, tmp_path: Path) -> None:
     out = run(python, "-m", "hashing", cwd=tmp_path)
     assert out.count("0x85944171f73967e8") == 4  # FNV-1a of b"foobar"
     assert "{512: 100000}" in out
+    assert run(python, "-c", REFUSED, cwd=tmp_path).split() == ["8", "1", "True"]
