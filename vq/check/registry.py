@@ -25,13 +25,16 @@ Function = Callable[["Target"], str | None]
 ROOMS: Final = {
     Group.CONFORMANCE: (
         "framing", "features", "acks", "queues", "memory", "slots", "postcopy", "rings", "states", "notify", "status",
-        "reset", "config", "log", "iotlb", "inflight", "inband", "state", "sharing", "net", "blk",
+        "reset", "config", "log", "iotlb", "inflight", "inband", "state", "sharing", "net", "control", "blk",
     ),
     Group.HOSTILE: (
-        "framing", "fds", "values", "regions", "placement", "avail", "chains", "indirect", "packed", "net", "blk",
-        "iotlb", "life", "truncated",
+        "framing", "fds", "values", "regions", "placement", "avail", "chains", "indirect", "packed", "net", "control",
+        "blk", "iotlb", "life", "truncated",
     ),
 }  # fmt: skip
+
+# Whose feature names a check means; the bits that each type has for itself overlap.
+_DEVICE_IDS: Final = {"net": v.DeviceId.NET, "blk": v.DeviceId.BLOCK}
 
 
 class Check(NamedTuple):
@@ -68,7 +71,7 @@ class Check(NamedTuple):
         """Say why the check does not apply to such a back-end; empty if it does."""
         if self.device and self.device != device:
             return f"for --type {self.device}"
-        missing = v.feature_names(self.features & ~features)
+        missing = v.feature_names(self.features & ~features, _DEVICE_IDS.get(self.device))
         missing += v.protocol_feature_names(self.protocol_features & ~protocol_features)
         return f"not offered: {', '.join(missing)}" if missing else ""
 
