@@ -195,13 +195,15 @@ def pump_process(*ports: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def pumping(*ports: str | Sequence[str], cpus: Sequence[int] | None = None, poll: str = "adaptive") -> Iterator[Pump]:
+def pumping(
+    *ports: str | Sequence[str], cpus: Sequence[int] | None = None, poll: str = "adaptive", program: Any = None
+) -> Iterator[Pump]:
     """A pump whose control loop runs in a thread of its own, which ends with the block."""
     box: queue.Queue[Pump | BaseException] = queue.Queue()
 
     def loop() -> None:
         try:
-            with Pump(ports, cpus=cpus, poll=poll) as pump:
+            with Pump(ports, cpus=cpus, poll=poll, program=program) as pump:
                 box.put(pump)
                 pump.run()
         except BaseException as problem:

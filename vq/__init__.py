@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from vq.server import Server, serve
     from vq.virtio import DeviceId
     from vq_core.device_queue import DeviceChain, DeviceQueue
+    from vq_core.program import Burst, NativeProgram, Program, PythonProgram
 
 __all__ = [
     "Backend",
     "BackendError",
     "BlkDevice",
+    "Burst",
     "ChainReader",
     "ChainWriter",
     "ConfigLayout",
@@ -51,10 +53,13 @@ __all__ = [
     "FrontendError",
     "GuestError",
     "HostedDevice",
+    "NativeProgram",
     "Offer",
     "PeerError",
     "PortSpec",
+    "Program",
     "Pump",
+    "PythonProgram",
     "ResourceError",
     "Server",
     "UsageError",
@@ -97,6 +102,7 @@ _ROOMS: Final = {
     "vq.server": ("Server", "serve"),
     "vq.virtio": ("DeviceId",),
     "vq_core.device_queue": ("DeviceChain", "DeviceQueue"),
+    "vq_core.program": ("Burst", "NativeProgram", "Program", "PythonProgram"),
 }
 _HOME: Final = {name: room for room, names in _ROOMS.items() for name in names}
 

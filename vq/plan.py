@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vq_core.port import Port
+from vq_core.program import Program
 from vq_core.switch import Switch, SwitchLane
 
 __all__ = ["Flow", "Key", "make_flows", "nodes", "owned", "spread"]
@@ -26,6 +27,8 @@ class Flow(NamedTuple):
     source_index: int
     target: Port | SwitchLane
     target_index: int
+    program: Program | None = None
+    number: int = 0  # of the source among the ports of its group
 
     @property
     def key(self) -> Key:
@@ -56,7 +59,12 @@ def _target(targets: Sequence[int], number: int) -> int:
     return targets[number % len(targets)] if targets else 0
 
 
-def make_flows(ports: Sequence[Port], switch: Switch | None, lanes: dict[int, SwitchLane] | None = None) -> list[Flow]:
+def make_flows(
+    ports: Sequence[Port],
+    switch: Switch | None,
+    lanes: dict[int, SwitchLane] | None = None,
+    program: Program | None = None,
+) -> list[Flow]:
     """The flows of ports that are joined, as these stand at the moment.
 
     Parameters
@@ -67,16 +75,18 @@ def make_flows(ports: Sequence[Port], switch: Switch | None, lanes: dict[int, Sw
         The learning switch, for three ports and more.
     lanes
         Lanes of the last time, which are taken again where they have not changed; holds those of this time afterwards.
+    program
+        Looks at each burst of each flow.
     """
     if len(ports) == 1:
         (port,) = ports
-        return [Flow(port, index, port, index) for index in port.sources]
+        return [Flow(port, index, port, index, program) for index in port.sources]
     targets: list[list[int]] = [port.targets for port in ports]
     if switch is None:
         one, other = ports
         return [
-            Flow(source, index, target, _target(taking, number))
-            for source, target, taking in ((one, other, targets[1]), (other, one, targets[0]))
+            Flow(source, index, target, _target(taking, number), program, place)
+            for place, source, target, taking in ((0, one, other, targets[1]), (1, other, one, targets[0]))
             for number, index in enumerate(_sources(source, len(taking)))
         ]
     # The most endpoints that take packets, and the most of any other port for the one that has these.
@@ -94,7 +104,7 @@ def make_flows(ports: Sequence[Port], switch: Switch | None, lanes: dict[int, Sw
         same = number in kept and kept[number].members == members
         lanes[number] = kept[number] if same else SwitchLane(switch, members)
     return [
-        Flow(port, index, lanes[number], position)
+        Flow(port, index, lanes[number], position, program, position)
         for position, port in enumerate(ports)
         for number, index in enumerate(sources[position])
     ]

@@ -8,6 +8,7 @@ from vq.errors import UsageError
 from vq.plan import Flow, Key, make_flows, nodes, owned, spread
 from vq.sub_burst import SUB_BURST
 from vq_core.port import Port
+from vq_core.program import Program
 from vq_core.switch import Switch, SwitchLane
 from vq_core.worker import Plan, Worker
 
@@ -21,9 +22,12 @@ class Group:
     ----------
     ports
         One: echo. Two: patch. Three and more: a learning switch of their own.
+    program
+        Looks at each burst between them.
     """
 
-    def __init__(self, ports: Sequence[Port]) -> None:
+    def __init__(self, ports: Sequence[Port], program: Program | None = None) -> None:
+        self._program = program
         self.ports = tuple(ports)
         try:
             self._switch = Switch(len(ports)) if len(ports) > 2 else None
@@ -33,7 +37,7 @@ class Group:
 
     def flows(self) -> list[Flow]:
         """What is to be moved as the ports stand at the moment."""
-        return make_flows(self.ports, self._switch, self._lanes)
+        return make_flows(self.ports, self._switch, self._lanes, self._program)
 
 
 class Planner:
@@ -57,9 +61,9 @@ class Planner:
         self._groups: list[Group] = []
         self._shares: list[list[Flow]] = [[] for _ in self._workers]
 
-    def join(self, ports: Sequence[Port]) -> None:
-        """Add a group of ports; `update` sets it going."""
-        self._groups.append(Group(ports))
+    def join(self, ports: Sequence[Port], program: Program | None = None) -> None:
+        """Add a group of ports, and perhaps a program between them; `update` sets it going."""
+        self._groups.append(Group(ports, program))
 
     def update(self) -> None:
         """Look at all ports, and change what has changed."""

@@ -18,9 +18,11 @@ from vq.limits import ensure_open_files
 from vq.open_port import OpenPort, descriptors, lanes_of, open_port
 from vq.planner import Planner
 from vq.ports import PortSpec
+from vq.program import as_program
 from vq.sub_burst import SUB_BURST, check_sub_burst
 from vq.waker import Waker
 from vq_core.port import Port
+from vq_core.program import Burst, Program
 from vq_core.worker import Worker
 
 __all__ = ["Pump"]
@@ -47,6 +49,9 @@ class Pump:
     sub_burst
         Packets published at once where both ends are rings of guests, 1 to 32. Few: the other side gets the first ones
         sooner. Many: fewer transfers of cache lines and fewer notifications.
+    program
+        Looks at each burst on its way, and says what becomes of its packets: a `vq.Program`, or a Python function that
+        is called with a `vq.Burst`.
 
     Raises
     ------
@@ -67,6 +72,7 @@ class Pump:
         cpus: Sequence[int] | None = None,
         poll: str = "adaptive",
         sub_burst: int = SUB_BURST,
+        program: Program | Callable[[Burst], Any] | None = None,
     ) -> None:
         if isinstance(ports, str):
             raise UsageError(f"ports is a string; write a list: [{ports!r}]")
@@ -96,6 +102,7 @@ class Pump:
         self._patches: list[list[OpenPort]] = []
         self.workers = [Worker(cpu, poll) for cpu in cpus] if cpus else [Worker(None, poll)]
         self._planner = Planner(self.workers, sub_burst)
+        self.program = as_program(program)
         try:
             for group in groups:
                 self._join(group)
@@ -119,7 +126,7 @@ class Pump:
                 port.backend.before_reply = self._settle
                 self._by_fd[port.backend.fileno()] = port.backend
                 self._epoll.register(port.backend.fileno(), select.EPOLLIN)
-        self._planner.join([port.port for port in group])
+        self._planner.join([port.port for port in group], self.program)
         if len(group) == 2:
             self._patches.append(group)
 

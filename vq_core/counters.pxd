@@ -19,7 +19,8 @@ cdef enum:
     DROP_IO_ERROR = 9            # the kernel refused the packet (TAP, file)
     DROP_NO_TARGET = 10          # a switch found no other port for it
     DROP_FILTERED = 11           # the driver does not want it: address or VLAN
-    DROP_CAUSES = 12
+    DROP_PROGRAM = 12            # a program said so, or named a port that there is not
+    DROP_CAUSES = 13
 
 cdef enum:
     BURST_BINS = 6               # 1, 2 to 3, 4 to 7, 8 to 15, 16 to 31, 32 packets

@@ -1,7 +1,7 @@
 """Counters: their names and snapshots."""
 
 DROP_NAMES = ("disabled", "no_descriptors", "too_short", "too_long", "bad_csum", "bad_gso", "segments", "mtu",
-              "not_connected", "io_error", "no_target", "filtered")
+              "not_connected", "io_error", "no_target", "filtered", "program")
 
 BURST_NAMES = ("1", "2-3", "4-7", "8-15", "16-31", "32")
 

@@ -15,10 +15,11 @@ buffers. Packets of a guest stay in its transmitq for a moment (PATIENCE_CYCLES)
 without room, since dropping costs TCP far more than waiting; a target that does not make room by then is not
 waited for again before it has some, and what it cannot take is dropped and counted.
 """
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from vq_core.handover cimport Mailbox
 from vq_core.offload cimport Offload, offload_t
-from vq_core.port cimport Port, burst_t, endpoint_t
+from vq_core.port cimport BURST_MAX, Port, burst_t, endpoint_t
+from vq_core.program cimport program_t
 from vq_core.switch cimport switch_lane_t, switch_t
 
 cdef enum:
@@ -44,6 +45,10 @@ cdef struct flow_t:
     int need                     # buffers that a packet may take: 1, or many after one that was to be segmented
     int most                     # the most room that the target has shown: a small ring never has more
     uint64_t waiting_since       # cycles
+    program_t* program           # looks at each burst; NULL: none
+    endpoint_t* ways[2]          # of a patch: this worker's way into each port, by number; a switch has its lane's
+    bint judged                  # some packet of the burst at hand does not simply pass
+    uint16_t verdicts[BURST_MAX]
 
 cdef struct plan_t:
     flow_t* flows
@@ -55,6 +60,7 @@ cdef struct worker_t:
     plan_t* plan
     offload_t* offload
     burst_t burst
+    burst_t passed               # what a program leaves to the switch
     int epoll_fd
     bint stopping
     bint busy                    # never sleep

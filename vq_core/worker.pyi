@@ -3,12 +3,11 @@ from typing import Any
 
 from vq_core.handover import Mailbox
 from vq_core.port import Port
-from vq_core.switch import SwitchLane
 
 class Plan:
     owned: list[tuple[Port, int]]
     def __init__(
-        self, flows: Iterable[tuple[Port, int, Port | SwitchLane, int]] = (), *, sub_burst: int = 16
+        self, flows: Iterable[tuple[Any, ...]] = (), *, sub_burst: int = 16
     ) -> None: ...
 
 class Worker:

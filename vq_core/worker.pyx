@@ -1,14 +1,15 @@
 """The worker loop; the only place that gives up the GIL for long."""
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
-from vq_core.counters cimport DROP_NO_DESCRIPTORS, counters_round
+from vq_core.counters cimport DROP_NO_DESCRIPTORS, DROP_PROGRAM, counters_round
 from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
 from vq_core.offload cimport Offload, offload_push
 from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_CSUM, ROOM_PAUSES, Port, burst_t, endpoint_t, packet_t
+from vq_core.program cimport VERDICT_PASS, VERDICT_REFLECT, Program
 from vq_core.switch cimport SwitchLane, switch_forward, switch_now_s
 
 import os
@@ -20,10 +21,11 @@ cdef enum:
 
 # ---- one flow ----
 
-cdef inline int _push(worker_t* worker, flow_t* flow, packet_t* packets, int count, uint32_t wants) noexcept nogil:
-    if wants & ~flow.target.accepts:
-        return offload_push(worker.offload, flow.target, packets, count)
-    return flow.target.push(flow.target, packets, count)
+cdef inline int _push(worker_t* worker, endpoint_t* target, packet_t* packets, int count,
+                      uint32_t wants) noexcept nogil:
+    if wants & ~target.accepts:
+        return offload_push(worker.offload, target, packets, count)
+    return target.push(target, packets, count)
 
 
 cdef inline int _part(flow_t* flow, packet_t* packets, int left) noexcept nogil:
@@ -45,7 +47,7 @@ cdef inline int _deliver(worker_t* worker, flow_t* flow, burst_t* burst, int fir
     cdef int count = burst.count, size, done
     while first < count:
         size = _part(flow, &burst.packets[first], count - first)
-        done = _push(worker, flow, &burst.packets[first], size, burst.wants)
+        done = _push(worker, flow.target, &burst.packets[first], size, burst.wants)
         first += done
         if done < size:
             if flow.held != NULL:
@@ -54,6 +56,73 @@ cdef inline int _deliver(worker_t* worker, flow_t* flow, burst_t* burst, int fir
             first = count
         source.release(source, burst, first)
     return first
+
+
+# ---- with a program ----
+
+cdef bint _judge(flow_t* flow, burst_t* burst) noexcept nogil:
+    """Ask the program; whether some packet does not simply pass."""
+    memset(flow.verdicts, 0, sizeof(flow.verdicts))
+    return flow.program.run(flow.program.state, burst.packets, flow.verdicts, burst.count) != 0
+
+
+cdef endpoint_t* _way(flow_t* flow, uint16_t verdict) noexcept nogil:
+    """Where a verdict sends a packet; NULL: nowhere. Whatever the program wrote, it is one of our endpoints."""
+    if verdict == VERDICT_PASS:
+        return flow.target
+    if verdict == VERDICT_REFLECT:
+        return flow.source
+    if flow.lane != NULL:
+        return flow.lane.endpoints[verdict - 1] if verdict <= flow.lane.port_count else NULL
+    return flow.ways[verdict - 1] if verdict <= 2 else NULL
+
+
+cdef int _send(worker_t* worker, flow_t* flow, burst_t* burst, int first, int size) noexcept nogil:
+    """Send packets of one verdict on their way, or drop them: how many are dealt with; fewer than `size`: no room."""
+    cdef endpoint_t* way = _way(flow, flow.verdicts[first])
+    cdef int done
+    if way == NULL:
+        flow.source.pulled.dropped[DROP_PROGRAM] += size
+        return size
+    done = _push(worker, way, &burst.packets[first], size, burst.wants)
+    if done < size and not (way == flow.target and flow.held != NULL):
+        way.pushed.dropped[DROP_NO_DESCRIPTORS] += size - done
+        done = size
+    if way != flow.target:
+        way.flush(way)
+    return done
+
+
+cdef int _deliver_judged(worker_t* worker, flow_t* flow, burst_t* burst, int first) noexcept nogil:
+    """As `_deliver`, in runs of packets with one verdict."""
+    cdef int count = burst.count, end, size, done
+    while first < count:
+        end = first + 1
+        while end < count and flow.verdicts[end] == flow.verdicts[first]:
+            end += 1
+        size = _part(flow, &burst.packets[first], end - first)
+        done = _send(worker, flow, burst, first, size)
+        first += done
+        if done < size:
+            break
+        flow.source.release(flow.source, burst, first)
+    return first
+
+
+cdef void _forward_judged(worker_t* worker, flow_t* flow, burst_t* burst) noexcept nogil:
+    """Leave to the switch what passes, and send the rest where the program wants it."""
+    cdef burst_t* passed = &worker.passed
+    cdef int i
+    passed.count = passed.wants = 0
+    for i in range(<int>burst.count):
+        if flow.verdicts[i] == VERDICT_PASS:
+            memcpy(&passed.packets[passed.count], &burst.packets[i], sizeof(packet_t))
+            passed.count += 1
+            passed.wants |= burst.packets[i].wants
+        else:
+            _send(worker, flow, burst, i, 1)
+    if passed.count:
+        switch_forward(flow.via, flow.lane, passed, flow.source_port, worker.offload, switch_now_s())
 
 
 cdef inline int _patience(flow_t* flow, uint64_t now) noexcept nogil:
@@ -104,15 +173,23 @@ cdef int _run_flow(worker_t* worker, flow_t* flow, uint64_t now) noexcept nogil:
     elif source.pull(source, burst, limit) == 0:
         source.pulled.empty_polls += 1
         return 0
+    elif flow.program != NULL:
+        flow.judged = _judge(flow, burst)
     if flow.patient:
         flow.need = NEED_MAX if burst.wants & ~<uint32_t>OFFLOAD_CSUM else 1
     count = burst.count - first
     if target == NULL:
-        switch_forward(flow.via, flow.lane, burst, flow.source_port, worker.offload, switch_now_s())
+        if flow.judged:
+            _forward_judged(worker, flow, burst)
+        else:
+            switch_forward(flow.via, flow.lane, burst, flow.source_port, worker.offload, switch_now_s())
         source.release(source, burst, burst.count)
         source.flush(source)
         return count
-    first = _deliver(worker, flow, burst, first)
+    if flow.judged:
+        first = _deliver_judged(worker, flow, burst, first)
+    else:
+        first = _deliver(worker, flow, burst, first)
     if first < <int>burst.count:
         count -= burst.count - first
         flow.held_at = first
@@ -231,6 +308,8 @@ cdef void _keep_held(plan_t* old, plan_t* new, int* heirs) noexcept nogil:
             heir = &new.flows[heirs[i]]
             heir.held, flow.held = flow.held, heir.held
             heir.held_at = flow.held_at
+            heir.judged = flow.judged
+            memcpy(heir.verdicts, flow.verdicts, sizeof(flow.verdicts))
             heir.waiting = True
         else:
             flow.target.pushed.dropped[DROP_NO_DESCRIPTORS] += flow.held.count - flow.held_at
@@ -260,9 +339,10 @@ cdef class Plan:
 
     Parameters
     ----------
-    flows : sequence of (source, source_index, target, target_index)
+    flows : sequence of (source, source_index, target, target_index[, program, number])
         `source` is a Port; `target` a Port, or a SwitchLane and then `target_index` is the index of the source's
-        port in the switch. Indices are endpoints (queue pairs).
+        port in the switch. Indices are endpoints (queue pairs). `program` is a Program or None, `number` that of the
+        source among the ports of the group, 0 or 1, by which a program names ports.
     sub_burst : int
         Packets published at once where both ends are rings of guests, 1 to 32. Less than 32 end early once they
         have sub_burst * 704 bytes together.
@@ -278,6 +358,7 @@ cdef class Plan:
         cdef flow_t* flow
         cdef Port source, target
         cdef SwitchLane lane
+        cdef Program program
         if not 1 <= sub_burst <= BURST_MAX:
             raise ValueError(f"sub_burst {sub_burst} is not from 1 to {BURST_MAX} packets")
         lanes = set()
@@ -287,7 +368,7 @@ cdef class Plan:
         self.plan.flows = <flow_t*>calloc(len(flows) + 1, sizeof(flow_t))
         if self.plan.flows == NULL:
             raise MemoryError("plan")
-        for source, source_index, target_object, target_index in flows:
+        for source, source_index, target_object, target_index, *more in flows:
             flow = &self.plan.flows[i]
             flow.source = self._endpoint(source, source_index)
             flow.held_at = -1
@@ -316,6 +397,13 @@ cdef class Plan:
                     if flow.held == NULL:
                         raise MemoryError("plan")
             self._own(source, source_index)
+            if more and more[0] is not None:
+                program = (<Program?>more[0]).bound()
+                self.keep.append(program)
+                flow.program = &program.program
+                if flow.target != NULL:
+                    flow.ways[1 if more[1] else 0] = flow.source
+                    flow.ways[0 if more[1] else 1] = flow.target if flow.target != flow.source else NULL
             i += 1
             self.plan.flow_count = i
         self.plan.endpoints = <endpoint_t**>calloc(len(self._owned) + 1, sizeof(endpoint_t*))

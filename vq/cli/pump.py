@@ -60,6 +60,10 @@ def pump(
     sub_burst: Annotated[
         Whole, Parameter(help="Packets, 1 to 32, published at once between rings of guests.")
     ] = SUB_BURST,
+    program: Annotated[
+        str | None,
+        Parameter(help="Function that looks at each burst on its way: module:name, or path/to/file.py:name."),
+    ] = None,
     socket_path: Annotated[str | None, Parameter(help="The same as a first PORT vhost:PATH.")] = None,
     fd: Annotated[str | None, Parameter(help="The same as a first PORT vhost:fd=N.")] = None,
     print_capabilities: Annotated[
@@ -84,10 +88,12 @@ def pump(
     cpus = parse_cpus(cpu)
     check_sub_burst(sub_burst, "--sub-burst")
     logs.configure(verbose)
+    from vq.program import load_program
     from vq.pump import Pump
 
+    between = None if program is None else load_program(program)
     stop = _Stop()
-    with ending_signals(stop), Pump(groups, cpus=cpus, poll=poll, sub_burst=sub_burst) as running:
+    with ending_signals(stop), Pump(groups, cpus=cpus, poll=poll, sub_burst=sub_burst, program=between) as running:
         stop.attach(running)
         if not json:
             with check_output():

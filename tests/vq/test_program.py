@@ -1,0 +1,210 @@
+"""Programs between ports: every verdict in every shape of a pump, every kind of program, and what a wrong one does."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vq
+import vq_core
+from pump_rig import Background, Guest, pumping
+from vq.program import as_program, load_program
+from vq_core.program import DROP, REFLECT
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SOURCE = """
+#include "vq_program.h"
+static uint32_t seen;
+uint32_t every_other(void *state, const vq_packet_t *packets, uint16_t *verdicts, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++)
+        verdicts[i] = seen++ % 2 ? VQ_VERDICT_DROP : VQ_VERDICT_PASS;
+    return count;
+}
+uint32_t anywhere(void *state, const vq_packet_t *packets, uint16_t *verdicts, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++)
+        verdicts[i] = (uint16_t)(*(uint32_t *)state = *(uint32_t *)state * 1664525 + 1013904223) | 4;
+    return 1;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("program")
+    source = folder / "program.c"
+    source.write_text(SOURCE)
+    include = Path(vq_core.__file__).parent / "include"
+    command = ["gcc", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{include}", "-o", folder / "program.so", source]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(folder / "program.so"))
+
+
+def run(ports: list[str], program: Any) -> dict[str, Any]:
+    """Pump until the sources have ended; the counters of the ports."""
+    with vq.Pump(ports, program=program) as pump:
+        pump.run(duration=60)
+        found: dict[str, Any] = pump.snapshot()["ports"]
+    return found
+
+
+def verdict(number: int) -> Callable[[vq.Burst], Any]:
+    return lambda burst: np.full(burst.count, number)
+
+
+def test_every_verdict_between_two_ports() -> None:
+    ports = ["gen:count=1000,size=64", "null:"]
+    for program, taken, dropped in (
+        (None, 1000, 0),
+        (lambda burst: None, 1000, 0),
+        (verdict(0), 1000, 0),
+        (verdict(DROP), 0, 1000),
+        (verdict(2), 1000, 0),  # port 1
+        (verdict(3), 0, 1000),  # there is no port 2
+        (verdict(0x7000), 0, 1000),
+    ):
+        found = run(ports, program)
+        assert found["null"]["to_null"]["packets"] == taken
+        assert found["gen"]["from_gen"]["dropped"] == ({"program": dropped} if dropped else {})
+
+
+def test_compiled_programs(library: ctypes.CDLL) -> None:
+    program = vq.NativeProgram(library.every_other, abi=1)
+    assert program.name == "every_other"
+    found = run(["gen:count=1001,size=64", "null:"], program)
+    assert found["null"]["to_null"]["packets"] == 501
+    assert found["gen"]["from_gen"]["dropped"] == {"program": 500}
+
+
+def test_a_program_that_writes_anything_sends_nothing_astray(library: ctypes.CDLL) -> None:
+    """Verdicts are numbers of ports at most; three ports, so that they go by the switch."""
+    state = ctypes.c_uint32(7)
+    program = vq.NativeProgram(library.anywhere, abi=1, state=ctypes.addressof(state))
+    found = run(["gen:count=20000,size=64", "null:", "null:"], program)
+    taken = [port["packets"] for name, both in found.items() for way, port in both.items() if way == f"to_{name}"]
+    dropped = found["gen"]["from_gen"]["dropped"]["program"]
+    assert sum(taken) + dropped >= 20000
+
+
+def test_a_switch_has_the_last_word_on_what_passes() -> None:
+    def third(burst: vq.Burst) -> Any:
+        verdicts = burst.verdicts
+        verdicts[::3] = DROP
+        verdicts[1::3] = 3  # port 2
+        return verdicts
+
+    found = run(["gen:count=960,size=64", "null:", "null:"], third)
+    nulls = [both for name, both in found.items() if name.startswith("null")]
+    counts = [next(port["packets"] for way, port in both.items() if way.startswith("to_")) for both in nulls]
+    assert found["gen"]["from_gen"]["dropped"]["program"] == 330
+    assert counts == [300, 630]  # what passes is flooded to both
+
+
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_traffic_of_guests_through_a_program(tmp_path: Path, layout: str) -> None:
+    """An echo whose program says so itself: everything comes back, and nothing twice."""
+    from pump_rig import PACKED, USUAL
+
+    path = str(tmp_path / "a.sock")
+    features = USUAL | (PACKED if layout == "packed" else 0)
+    with pumping(f"vhost:{path}", program=verdict(REFLECT)), Guest(path, features) as guest:
+        background = Background(guest.streams(), patience=30)
+        background.goes_on(2000)
+        background.finish()
+
+
+def test_heads_are_what_was_sent() -> None:
+    seen: list[tuple[Any, Any]] = []
+
+    def look(burst: vq.Burst) -> None:
+        seen.append((burst.lengths.copy(), burst.heads(100).copy()))
+        assert len(burst) == burst.count == len(burst.heads(1)) <= 32
+
+    run(["gen:count=50,size=64", "null:"], look)
+    assert sum(len(lengths) for lengths, _ in seen) == 50
+    for lengths, heads in seen:
+        assert set(lengths) == {64}
+        assert heads.shape[1] == 100
+        assert not heads[:, 64:].any()
+        assert (heads[:, 12:14] == (8, 0)).all()
+
+
+def test_a_program_that_raises_drops_everything(caplog: pytest.LogCaptureFixture) -> None:
+    kept: list[vq.Burst] = []
+
+    def faulty(burst: vq.Burst) -> None:
+        kept.append(burst)
+        raise RuntimeError("no idea")
+
+    program = vq.PythonProgram(faulty)
+    found = run(["gen:count=100,size=64", "null:"], program)
+    assert found["null"]["to_null"]["packets"] == 0
+    assert found["gen"]["from_gen"]["dropped"] == {"program": 100}
+    assert str(program.error) == "no idea"
+    assert caplog.text.count("dropping=all") == 1
+    for use in (lambda: kept[0].lengths, lambda: kept[0].heads(4), lambda: kept[0].verdicts):
+        with pytest.raises(ValueError, match="burst is over"):
+            use()
+
+
+@pytest.mark.parametrize("answer", [np.zeros(3), "text", 5, np.zeros((2, 2))])
+def test_verdicts_without_form_drop_everything(answer: Any) -> None:
+    program = vq.PythonProgram(lambda burst: answer)
+    found = run(["gen:count=40,size=64", "null:"], program)
+    assert found["gen"]["from_gen"]["dropped"] == {"program": 40}
+    assert program.error is not None
+
+
+# -- finding them --
+
+
+def test_programs_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for words in (f"{EXAMPLES}/program.py:no_ipv6", "program:mirror"):
+        program = load_program(words)
+        assert run(["gen:count=64,size=64", "null:"], program)["null"]["to_null"]["packets"] == 64
+
+
+def test_a_program_of_numba() -> None:
+    program = load_program(f"{EXAMPLES}/program_numba.py:drop_short")
+    found = run(["gen:count=64,size=60", "null:"], program)
+    assert found["null"]["to_null"]["packets"] == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("program", "write module:function"),
+        ("no.such.module:f", "cannot be imported"),
+        ("nowhere.py:f", "no file"),
+        (f"{EXAMPLES}/program.py:nothing", "it has no_ipv6, mirror"),
+        ("os:sep", "is of type str"),
+    ],
+)
+def test_what_is_no_program_is_said(words: str, text: str) -> None:
+    with pytest.raises(vq.UsageError, match=text):
+        load_program(words)
+
+
+def test_another_abi_is_refused(library: ctypes.CDLL) -> None:
+    with pytest.raises(ValueError, match="made for ABI 2, this is 1"):
+        vq.NativeProgram(library.every_other, abi=2)
+    for wrong in (0, "text", object()):
+        with pytest.raises(ValueError, match="address"):
+            vq.NativeProgram(wrong, abi=1)
+    with pytest.raises(vq.UsageError, match="wrap compiled code"):
+        as_program(type("Compiled", (), {"address": 1})())
+
+
+def test_the_command_line_takes_one() -> None:
+    command = ["vq", "pump", "gen:count=10,size=64", "null:", "--json", "--program", f"{EXAMPLES}/program.py:no_ipv6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    wrong = subprocess.run([*command[:-1], "nowhere.py:f"], capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2
+    assert "no file nowhere.py" in wrong.stderr

@@ -1,0 +1,52 @@
+"""Programs: functions that look at each burst on its way from port to port, and say what becomes of its packets.
+
+    pull(source) -> program -> runs of packets with one verdict -> push(target, source or another port)
+
+The contract is that of include/vq_program.h, with packet_t as its packet. A program that lets everything pass costs its
+call; the burst then goes on as if there were none.
+
+A program is bound for each plan that uses it (`bound`): what is bound belongs to one worker, so that one written in
+Python has arrays of its own in each.
+"""
+from libc.stdint cimport uint16_t, uint32_t
+from vq_core.port cimport packet_t
+
+cdef enum:
+    PROGRAM_ABI = 1
+    VERDICT_PASS = 0
+    VERDICT_REFLECT = 0xfffe
+    VERDICT_DROP = 0xffff
+
+ctypedef uint32_t (*program_run_t)(void* state, const packet_t* packets, uint16_t* verdicts,
+                                   uint32_t count) noexcept nogil
+
+cdef struct program_t:
+    program_run_t run
+    void* state
+
+cdef class Program:
+    cdef program_t program
+    cdef readonly str name
+
+    cpdef Program bound(self)
+
+cdef class NativeProgram(Program):
+    cdef object _keep
+
+cdef class PythonProgram(Program):
+    cdef object _function
+    cdef PythonProgram _origin   # of which this one was bound; itself
+    cdef readonly object error
+    cdef Burst _burst
+
+    cdef uint32_t _call(self, const packet_t* packets, uint16_t* verdicts, uint32_t count) except? 0xffffffff
+
+cdef class Burst:
+    cdef const packet_t* _packets
+    cdef readonly int count
+    cdef object _lengths
+    cdef object _verdicts
+    cdef uint32_t[::1] _length_row
+    cdef dict _heads
+
+    cdef int _check(self) except -1
