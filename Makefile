@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 DEMO ?=
 TESTS ?=
 # Guests beside all else, where there are two processors; make test SIDES= has one after the other.
-SIDES ?= $(if $(filter 1,$(shell nproc)),,-n 2 --dist loadgroup)
+SIDES ?= $(if $(filter 1,$(shell nproc)),,-n 2)
 
 # Compiling starts anew when one of these changes; nothing happens when none did.
 SOURCES := $(shell find vq_core -name '*.pyx' -o -name '*.pxd' -o -name '*.h')

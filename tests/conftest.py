@@ -44,13 +44,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {text}")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``-n 2 --dist loadgroup`` guests run in one process, and all else in another, each in the usual order."""
-    if getattr(config.option, "dist", "no") == "loadgroup":
-        for item in items:
-            guests = HERE / "interop" in item.path.parents
-            item.add_marker(pytest.mark.xdist_group("guests" if guests else "all else"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n 2`` guests run in one process, and all else in another, each in the usual order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Sides(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "guests" if nodeid.startswith("tests/interop/") else "all else"
+
+    return Sides(config, log)
 
 
 def _reason(report: Any) -> str:
