@@ -115,7 +115,7 @@ class Device(HostedDevice):
             protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_CONFIG)
         if type(self).save_state is not HostedDevice.save_state:
             protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_DEVICE_STATE)
-        own = self.features if isinstance(self.features, int) else v.mask(*self.features)
+        own = _features(self.features)
         rings = FEATURES if self.packed else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
         self.offer = Offer(rings | own, protocol, len(names), len(names), config_size=size)
 
@@ -243,6 +243,15 @@ class Device(HostedDevice):
                 self.on_error(queue, error)
             except Exception:
                 logger.exception("device=%s on_error", self.name)
+
+
+def _features(features: int | Iterable[int]) -> int:
+    if isinstance(features, int):
+        return features
+    try:
+        return v.mask(*features)
+    except (TypeError, ValueError):
+        raise UsageError(f"features is {features!r}; write a mask, or the numbers of bits") from None
 
 
 def _names(queues: int | Sequence[str]) -> list[str]:

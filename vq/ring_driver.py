@@ -208,6 +208,7 @@ class RingDriver(Closing):
             seconds = self._frontend.timeout if timeout is None else timeout
             if not self.ring.wait(seconds):
                 limit = f"nothing was used within {seconds:g} s of {self.ring.outstanding} buffers"
+                limit += "; did the back-end stop the queue? Its log says why"
                 raise BackendError("queue", "index", self.index, limit)
             self._done = self.ring.poll()
         done, self._done = self._done, []

@@ -30,6 +30,8 @@ class Server(Closing):
 
     Raises
     ------
+    UsageError
+        The device is a class, not an object of it.
     UsageError, ResourceError
         The socket cannot be made; the device is closed then.
 
@@ -47,6 +49,8 @@ class Server(Closing):
         fd: int | None = None,
         mode: int | None = None,
     ) -> None:
+        if isinstance(device, type):
+            raise UsageError(f"{device.__name__} is a class; give an object of it: {device.__name__}()")
         self.device = device
         self.backend: Backend | None = None
         self._stopping = False

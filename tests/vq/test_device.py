@@ -446,3 +446,14 @@ def test_reset_and_features_reach_the_device(vq_guest: Connect) -> None:
 def test_a_number_of_queues_that_cannot_be(queues: Any) -> None:
     with pytest.raises(vq.UsageError, match="1 to 256 queues"):
         type("Odd", (vq.Device,), {"queues": queues})()
+
+
+@pytest.mark.parametrize("features", ["RING", [-1], None])
+def test_features_that_cannot_be(features: Any) -> None:
+    with pytest.raises(vq.UsageError, match="write a mask, or the numbers of bits"):
+        type("Odd", (vq.Device,), {"features": features})()
+
+
+def test_a_class_in_place_of_its_object_is_told(tmp_path: Path) -> None:
+    with pytest.raises(vq.UsageError, match=r"give an object of it: Echo\(\)"):
+        vq.serve(Echo, socket_path=str(tmp_path / "a.sock"))  # type: ignore[arg-type]

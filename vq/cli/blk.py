@@ -163,6 +163,8 @@ def _open(path: str | None, null: str | None, read_only: bool, direct: bool) -> 
     except OSError as error:
         refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         remedy = "with --read-only it need not be writable" if refused and not read_only else ""
+        if error.errno == errno.ENOENT:
+            remedy = f"check the path, or make a disk, as with truncate -s 1G {path}"
         raise ResourceError("cannot open", errno=error.errno or 0, path=path, remedy=remedy) from error
     if disk.capacity == 0:
         disk.close()
