@@ -238,7 +238,7 @@ def test_sent(bench: Bench, made: tuple[list[Descriptor], list[tuple[int, list[D
     else:
         wait_until(f"it is broken: {cause}", lambda: bench.cause(1))
         assert bench.cause(1) == cause
-        assert guest.errors(1) == 1
+        assert guest.told(1) == 1
         wait_until(
             "what came before it is through", lambda: (guest.receive.used_idx - position) % 65536 == len(expected)
         )
@@ -326,7 +326,7 @@ def test_received(receiver: Bench, made: list[Any], order: list[int], count: int
     if cause is not None:
         wait_until(f"it is broken: {cause}", lambda: receiver.cause(0))
         assert receiver.cause(0) == cause
-        assert guest.errors(0) == 1
+        assert guest.told(0) == 1
         assert guest.receive.used_idx == position
         return
     assert receiver.cause(0) is None
