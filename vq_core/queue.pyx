@@ -400,17 +400,18 @@ cdef class Queue:
             if self._batches and has_feature(features, VIRTIO_F_IN_ORDER):
                 change.wanted.ring.split.heads = <uint16_t*>elements
             self._begin_split(&change.wanted, num, base, features, in_order)
-        if not memory.may_block:
-            queue_place(&change.wanted)
-        self._begin = 0 if change.wanted.ring.is_packed else change.wanted.ring.split.last_avail_idx
         change.wanted.features = features
         change.wanted.indirect_limit = max(num, 1024)
         change.wanted.enabled = enabled and not self._spare
-        self._fill_log(<uintptr_t>&change, log, log_guest_addr)
-        tracking = self._place_inflight(&change, inflight)
         change.wanted.kick_fd = _fd(kick_fd)
         change.wanted.call_fd = _signal_fd(call_fd)
         change.wanted.err_fd = _signal_fd(err_fd)
+        self._fill_log(<uintptr_t>&change, log, log_guest_addr)
+        # Behind what may refuse the start, and behind the log: placing a packed ring can write to it.
+        if not memory.may_block:
+            queue_place(&change.wanted)
+        self._begin = 0 if change.wanted.ring.is_packed else change.wanted.ring.split.last_avail_idx
+        tracking = self._place_inflight(&change, inflight)
         if change.wanted.ring.is_packed:
             self._fresh = (change.wanted.ring.packed.avail_slot == 0
                            and change.wanted.ring.packed.avail_flags == VIRTQ_PACKED_DESC_F_AVAIL)

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from engine_rig import PACKED, Guest, send_chain
+from dirty_rig import LogFile
+from engine_rig import PACKED, PAGE, Guest, send_chain
 from stepping import states
 from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory
@@ -128,6 +129,22 @@ def test_each_store_of_a_receiveq(harness: ModuleType, place: int, burst: Sequen
             assert used == [40, *[length] * (len(burst) - 1)]
             whole += 1
     assert whole == (len(burst) > 1)
+
+
+def test_what_a_successor_exposes_is_in_the_dirty_log(harness: ModuleType) -> None:
+    """A guest that is on its way to another host: of a page that is not marked the other host keeps the old one."""
+    world = World(harness, 0, [1, 1, 1, 1])
+    first = bytes(world.ring[:16])
+    world.act()
+    world.guest.stop()
+    world.ring[:16] = first
+    ring, _, events = world.queue.guest_addresses
+    log = LogFile(pages=ring // PAGE + 32)
+    world.guest.start(base=BEGINNING, log=log.log, log_guest_addr=events)
+    assert bytes(world.ring[:16]) != first
+    assert log.marked() == {ring // PAGE}
+    world.close()
+    log.close()
 
 
 @pytest.mark.parametrize(("burst", "whole"), [([3, 2, 2], 5), ([3], 1), ([2], 1)])
