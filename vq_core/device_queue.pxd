@@ -8,6 +8,9 @@ there at any time: whoever reads a field twice may find two values. What keeps t
 - the chain and each view hold the memory map, which stays mapped as long as one of them lives;
 - a chain is given back only when no view of it is in use any more.
 
+A hostile driver can make the same long chain available as often as its ring has entries. What that costs is counted in
+descriptors read and segments found (`_weight` of a chain): a turn takes so much of it, and so much may be out.
+
 Owner: the control thread. `DeviceChain.complete` may come from any thread: another one's is
 only noted, and carried out by the owner.
 """
@@ -44,6 +47,7 @@ cdef class DeviceChain:
     cdef uint16_t _slots
     cdef uint16_t _place             # of the ring, where it was taken; packed: with the wrap counter in bit 15
     cdef uint32_t _life
+    cdef uint32_t _weight            # descriptors read and segments found: what it costs in time and memory
     cdef uint64_t _number            # chains of this life that were taken before
     cdef bint _over                  # completed or refused
     cdef list _shown                 # segments and views of them that were given out
@@ -58,6 +62,8 @@ cdef class DeviceQueue(ServedQueue):
     cdef readonly str name
     cdef uint64_t _limit_bytes
     cdef uint32_t _budget            # chains that may still be taken in this turn
+    cdef uint32_t _steps             # descriptors that may still be read in this turn
+    cdef uint64_t _held              # weight of the chains that are out
     cdef uint64_t _number
     cdef dict _out                   # chains that are not completed, by number
     cdef object _later               # what other threads completed: (chain, length)

@@ -6,6 +6,8 @@ from vq_core.queue import Queue
 from vq_core.served_queue import ServedQueue
 
 TURN: int
+TURN_STEPS: int
+HELD: int
 
 class Segment: ...
 

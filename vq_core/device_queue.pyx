@@ -23,8 +23,12 @@ from threading import get_ident
 cdef enum:
     SEGMENTS_USUAL = 4
     TURN_CHAINS = 64             # that one turn takes; then messages and other queues have theirs
+    TURN_STEPS_MAX = 1 << 14     # descriptors read in one turn, but for the chain that passes it
+    HELD_MAX = 1 << 18           # weight of the chains that are out, but for the one that passes it: 6 MiB of segments
 
 TURN = TURN_CHAINS
+TURN_STEPS = TURN_STEPS_MAX
+HELD = HELD_MAX
 
 
 cdef class Segment:
@@ -296,11 +300,31 @@ cdef int _add(DeviceChain chain, queue_t* queue, virtq_desc_t* descriptor, uint3
     return 0
 
 
+cdef int _take_descriptor(DeviceChain chain, queue_t* queue, virtq_desc_t* descriptor, uint32_t* room,
+                          uint64_t limit) noexcept nogil:
+    """Add a descriptor to the chain, as much of it as `limit` allows, and no byte more is translated: 0, or BROKEN_*;
+    -2 without memory.
+    """
+    cdef int status
+    if descriptor.addr + descriptor.len < descriptor.addr:
+        return BROKEN_ADDRESS
+    if descriptor.flags & VIRTQ_DESC_F_WRITE:        # an answer need not fill its room
+        descriptor.len = <uint32_t>min(<uint64_t>descriptor.len, limit - chain._writable_bytes)
+        chain._writable_bytes += descriptor.len
+    elif descriptor.len > limit - chain._readable_bytes:
+        return BROKEN_REQUEST
+    else:
+        chain._readable_bytes += descriptor.len
+    status = _add(chain, queue, descriptor, room)
+    if not descriptor.flags & VIRTQ_DESC_F_WRITE:
+        chain._readable_count = chain._count
+    return BROKEN_ADDRESS if status == -1 else status
+
+
 cdef int _walk(DeviceChain chain, queue_t* queue, chain_t* walk, uint64_t limit) noexcept nogil:
     """Fill the chain; 0, or -1 and the queue is broken, or -2 without memory."""
     cdef virtq_desc_t descriptor
     cdef uint32_t room = SEGMENTS_USUAL
-    cdef uint64_t over
     cdef int step, status
     if chain._grow(room) < 0:
         return -2
@@ -308,36 +332,19 @@ cdef int _walk(DeviceChain chain, queue_t* queue, chain_t* walk, uint64_t limit)
         step = chain_next(walk, queue, &descriptor)
         if step <= 0:
             break
-        status = -1
-        if descriptor.addr + descriptor.len >= descriptor.addr:
-            status = _add(chain, queue, &descriptor, &room)
+        status = _take_descriptor(chain, queue, &descriptor, &room, limit)
         if status == -2:
             return -2
-        if status < 0:
-            queue_break(queue, BROKEN_ADDRESS, walk.id)
+        if status:
+            queue_break(queue, status, walk.id)
             return -1
-        if descriptor.flags & VIRTQ_DESC_F_WRITE:
-            chain._writable_bytes += descriptor.len
-        else:
-            chain._readable_bytes += descriptor.len
-            chain._readable_count = chain._count
     if step < 0 or chain_end(walk, queue) < 0:
         queue_break(queue, walk.broken, walk.id)
         return -1
     if queue.ring.is_packed and walk.id >= queue.ring.num:
         queue_break(queue, BROKEN_ID, walk.id)
         return -1
-    if chain._readable_bytes > limit:
-        queue_break(queue, BROKEN_REQUEST, walk.id)
-        return -1
-    while chain._writable_bytes > limit:             # an answer need not fill it
-        over = chain._writable_bytes - limit
-        if over < chain._segments[chain._count - 1].length:
-            chain._segments[chain._count - 1].length -= over
-            chain._writable_bytes = limit
-        else:
-            chain._writable_bytes -= chain._segments[chain._count - 1].length
-            chain._count -= 1
+    chain._weight = walk.steps + chain._count
     return 0
 
 
@@ -354,14 +361,17 @@ cdef class DeviceQueue(ServedQueue):
 
     Notes
     -----
-    An iteration ends when no chain waits, and after `TURN` of them; the rest comes in the next turn.
-    As many chains are out as the ring has entries: a driver that makes a head available twice gains nothing by it.
+    An iteration ends when no chain waits, and after `TURN` of them; the rest comes in the next turn. A turn ends early,
+    for `pop` too, when it has read `TURN_STEPS` descriptors.
+    As many chains are out as the ring has entries: a driver that makes a head available twice gains nothing by it. And
+    the descriptors and segments of all that are out are `HELD` and one chain at most; others wait in the ring.
     """
 
     def __cinit__(self, Queue queue not None, limit=1 << 20):
         self.index = queue.index
         self.name = queue.name
         self._limit_bytes = limit
+        self._steps = TURN_STEPS_MAX
         self._out = {}
         self._later = deque()
 
@@ -393,6 +403,7 @@ cdef class DeviceQueue(ServedQueue):
         ServedQueue.begin(self)
         self._owner = get_ident()
         self._budget = TURN_CHAINS
+        self._steps = TURN_STEPS_MAX
         while self._later:
             chain, length = self._later.popleft()
             if self._lives(chain):
@@ -418,7 +429,7 @@ cdef class DeviceQueue(ServedQueue):
         return chain
 
     def pop(self):
-        """The next chain that waits, or None; a turn has no end for those who take them so."""
+        """The next chain that waits, or None; a turn ends for those who take them so by their descriptors alone."""
         return self._take()
 
     cdef DeviceChain _take(self):
@@ -433,12 +444,15 @@ cdef class DeviceQueue(ServedQueue):
         if self._life != queue.lives:
             self._life = queue.lives
             self._outstanding = 0
+            self._held = 0
             self._number = 0
             self._out.clear()
         if not queue.live and not queue_comes_alive(queue):
             return None
         # What waits to be published counts as well: no more is out than the ring has entries.
         if self._outstanding + <uint16_t>(ring_next_used(ring, packed) - ring_shadow_used(ring, packed)) >= ring.num:
+            return None
+        if self._steps == 0 or self._held >= HELD_MAX:
             return None
         status = ring_begin(ring, packed, &cursor, 1)
         if queue_lost(queue):
@@ -472,6 +486,8 @@ cdef class DeviceQueue(ServedQueue):
         chain._number = self._number
         self._number += 1
         self._outstanding += 1
+        self._held += chain._weight
+        self._steps -= min(self._steps, walk.steps)
         if self._budget:
             self._budget -= 1
         self._out[chain._number] = chain
@@ -490,7 +506,10 @@ cdef class DeviceQueue(ServedQueue):
                 dirty_mark(queue.log, chain._segments[i].addr, part)
                 left -= part
         ring_give_back(&queue.ring, queue.ring.is_packed, chain._id, <uint32_t>length, chain._slots)
+        if self._held >= HELD_MAX:
+            self._timer.set(0)               # what waits in the ring may be taken again, and no kick tells of it
         self._outstanding -= 1
+        self._held -= chain._weight
         self._out.pop(chain._number, None)
         return True
 
@@ -519,6 +538,7 @@ cdef class DeviceQueue(ServedQueue):
             self._life = 0       # from here on no thread writes into what was taken
         self._out.clear()
         self._outstanding = 0
+        self._held = 0
         return 0 if queue.broken else len(left)
 
     def fail(self):
