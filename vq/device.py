@@ -191,7 +191,8 @@ class Device(HostedDevice):
         self.on_status(status)
 
     def reset(self) -> None:
-        self.on_reset()
+        # Called at the end of a connection too, where nothing that fails may keep the rest from being released.
+        self._guarded(None, self.on_reset)
 
     def ring_stopping(self, index: int) -> None:
         queue = self.chains[index]
