@@ -2,7 +2,7 @@
 
     make bench TESTS="-k device"
 
-The device is a process of its own. Each round sends chains as fast as they come back, BATCH at a time. Where the
+The device is a process of its own. Each round sends chains as fast as they come back, 32 at a time, or 256. Where the
 driver, which is Python as well, is the slower side, the rate is the driver's: `extra_info` has the rate end to end, and
 that of the device by the processor time that it took.
 """
@@ -26,16 +26,23 @@ BATCH = 32
 CHAINS = 200_000
 ROUNDS = 5
 CPUS = tuple(sorted(os.sched_getaffinity(0))[:2])
-ANSWER = "chain.write(chain.read())"
-COUNT = "chain.write(b'0123456789abcdef')"
+ANSWER = """
+        for chain in queue:
+            chain.write(chain.read())
+            chain.complete()
+"""
+COUNT = ANSWER.replace("chain.read()", "b'0123456789abcdef'")
+BURST = """
+        while burst := queue.pull():
+            burst.scatter(burst.heads(16))
+            burst.complete()
+"""
 DEVICE = """
 import os, sys, vq
 
 class Answer(vq.Device):
     def handle(self, queue):
-        for chain in queue:
-            {work}
-            chain.complete()
+{work}
 
 os.sched_setaffinity(0, {{{cpu}}})
 vq.serve(Answer(), socket_path=sys.argv[1])
@@ -68,25 +75,30 @@ def processor_seconds(pid: int) -> float:
 
 @two_cores
 @pytest.mark.parametrize("layout", ["split", "packed"])
-@pytest.mark.parametrize("device", [ANSWER, COUNT], indirect=True, ids=["echo", "write"])
-def test_device(benchmark: Any, device: tuple[int, Path], layout: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "batch"),
+    [(ANSWER, BATCH), (COUNT, BATCH), (BURST, BATCH), (BURST, 256)],
+    indirect=["device"],
+    ids=["echo", "write", "burst", "burst256"],
+)
+def test_device(benchmark: Any, device: tuple[int, Path], batch: int, layout: str) -> None:
     """Requests of 16 bytes with room for 16."""
     pid, path = device
     mask = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {CPUS[1]})
     try:
-        with Guest(path, size=256, layout=layout) as guest:
+        with Guest(path, size=8 * batch, layout=layout) as guest:
             driver = guest.drivers[0]
 
             def run() -> None:
                 sent = done = 0
                 while done < CHAINS:
-                    while sent < CHAINS and sent - done <= 2 * BATCH:
-                        for _ in range(BATCH):
+                    while sent < CHAINS and sent - done <= 2 * batch:
+                        for _ in range(batch):
                             driver.add([b"0123456789abcdef"], [16])
                         driver.publish()
                         driver.kick()
-                        sent += BATCH
+                        sent += batch
                     done += len(driver.poll())
 
             run()

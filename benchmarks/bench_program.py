@@ -62,12 +62,19 @@ def by_head(burst: vq.Burst) -> Any:
     return np.where(found, DROP, 0) if found.any() else None
 
 
+def by_field(burst: vq.Burst) -> Any:
+    """The same, one field of each."""
+    found = burst.field(12, ">u2") == 0x86DD
+    return np.where(found, DROP, 0) if found.any() else None
+
+
 KINDS: dict[str, Callable[[Path], Any]] = {
     "none": lambda folder: None,
     "C": compiled,
     "passes": lambda folder: passes,
     "by length": lambda folder: by_length,
     "by head": lambda folder: by_head,
+    "by field": lambda folder: by_field,
 }
 
 

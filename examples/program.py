@@ -12,8 +12,7 @@ from vq_core.program import DROP, REFLECT
 
 def no_ipv6(burst: vq.Burst) -> Any:
     """Let everything pass but IPv6."""
-    ethertypes = burst.heads(14)[:, 12:].view(">u2")[:, 0]
-    found = ethertypes == 0x86DD
+    found = burst.field(12, ">u2") == 0x86DD
     if not found.any():
         return None
     return np.where(found, DROP, 0)

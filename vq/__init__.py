@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from vq.pump import Pump
     from vq.server import Server, serve
     from vq.virtio import DeviceId
-    from vq_core.device_queue import DeviceChain, DeviceQueue
+    from vq_core.device_burst import DeviceBurst
+    from vq_core.device_chain import DeviceChain
+    from vq_core.device_queue import DeviceQueue
     from vq_core.program import Burst, NativeProgram, Program, PythonProgram
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "ConnectionClosed",
     "DemoResult",
     "Device",
+    "DeviceBurst",
     "DeviceChain",
     "DeviceId",
     "DeviceQueue",
@@ -101,7 +104,9 @@ _ROOMS: Final = {
     "vq.pump": ("Pump",),
     "vq.server": ("Server", "serve"),
     "vq.virtio": ("DeviceId",),
-    "vq_core.device_queue": ("DeviceChain", "DeviceQueue"),
+    "vq_core.device_burst": ("DeviceBurst",),
+    "vq_core.device_chain": ("DeviceChain",),
+    "vq_core.device_queue": ("DeviceQueue",),
     "vq_core.program": ("Burst", "NativeProgram", "Program", "PythonProgram"),
 }
 _HOME: Final = {name: room for room, names in _ROOMS.items() for name in names}

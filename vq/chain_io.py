@@ -7,7 +7,7 @@ import io
 import os
 from typing import TYPE_CHECKING
 
-from vq_core.device_queue import DeviceChain
+from vq_core.device_chain import DeviceChain
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

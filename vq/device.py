@@ -214,6 +214,8 @@ class Device(HostedDevice):
             self._guarded(None, lambda: self.on_config_written(names))
 
     def serve_requests(self) -> None:
+        for queue in self.chains:  # all of them: what serves one may complete chains of another
+            queue.begin()
         for fd, _ in self._epoll.poll(0):
             if fd in self._watched:
                 self._guarded(None, self._watched[fd], fd)
@@ -225,9 +227,10 @@ class Device(HostedDevice):
         for _ in range(len(self._calls)):
             self._guarded(None, self._calls.popleft())
         for queue in self.chains:
-            queue.begin()
             if queue.waiting:
                 self._guarded(queue, lambda queue=queue: self.handle(queue))  # type: ignore[misc]
+                queue.publish()
+        for queue in self.chains:
             queue.end()
 
     def _guarded(self, queue: DeviceQueue | None, action: Callable[[], object], fd: int | None = None) -> None:

@@ -9,6 +9,7 @@ A program is bound for each plan that uses it (`bound`): what is bound belongs t
 Python has arrays of its own in each.
 """
 from libc.stdint cimport uint16_t, uint32_t
+from vq_core.packet_arrays cimport PacketArrays
 from vq_core.port cimport packet_t
 
 cdef enum:
@@ -41,12 +42,9 @@ cdef class PythonProgram(Program):
 
     cdef uint32_t _call(self, const packet_t* packets, uint16_t* verdicts, uint32_t count) except? 0xffffffff
 
-cdef class Burst:
-    cdef const packet_t* _packets
-    cdef readonly int count
-    cdef object _lengths
-    cdef object _verdicts
+cdef class Burst(PacketArrays):
+    cdef const packet_t* _packets    # NULL: the call is over
+    cdef object _own_lengths     # what we write; what others see is a view
     cdef uint32_t[::1] _length_row
-    cdef dict _heads
-
-    cdef int _check(self) except -1
+    cdef object _verdicts
+    cdef uint16_t[::1] _verdict_row

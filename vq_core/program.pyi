@@ -1,14 +1,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from numpy import uint8, uint16, uint32
+from numpy import uint16
 from numpy.typing import NDArray
+
+from vq_core.packet_arrays import PacketArrays
 
 ABI: int
 PASS: int
 REFLECT: int
 DROP: int
-HEADS_MAX: int
 SIGNATURE: str
 
 class Program:
@@ -22,11 +23,6 @@ class PythonProgram(Program):
     error: BaseException | None
     def __init__(self, function: Callable[[Burst], Any], name: str = "") -> None: ...
 
-class Burst:
-    count: int
-    def __len__(self) -> int: ...
-    @property
-    def lengths(self) -> NDArray[uint32]: ...
+class Burst(PacketArrays):
     @property
     def verdicts(self) -> NDArray[uint16]: ...
-    def heads(self, size: int) -> NDArray[uint8]: ...

@@ -2,6 +2,7 @@
 from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetName, PyCapsule_GetPointer
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
+from vq_core.packet_arrays cimport PacketArrays
 from vq_core.port cimport BURST_MAX, packet_t
 
 import ctypes
@@ -22,7 +23,6 @@ ABI = PROGRAM_ABI
 PASS = VERDICT_PASS
 REFLECT = VERDICT_REFLECT
 DROP = VERDICT_DROP
-HEADS_MAX = 65536                # bytes of each packet that `Burst.heads` copies
 
 # What Cython calls the type of a function that fulfils the contract, in a capsule of `__pyx_capi__`.
 SIGNATURE = "uint32_t (void *, struct __pyx_t_7vq_core_4port_packet_t const *, uint16_t *, uint32_t)"
@@ -92,84 +92,51 @@ cdef class NativeProgram(Program):
         self._keep = function
 
 
-cdef class Burst:
-    """What a program in Python sees: up to 32 packets, valid during its call.
-
-    Attributes
-    ----------
-    count : int
-        Packets.
-    """
+cdef class Burst(PacketArrays):
+    """What a program in Python sees: up to 32 packets, valid during its call."""
 
     def __cinit__(self):
-        self._lengths = np.zeros(BURST_MAX, np.uint32)
+        self._room = BURST_MAX
+        self._own_lengths = np.zeros(BURST_MAX, np.uint32)
+        self._length_row = self._own_lengths
+        self._lengths = self._own_lengths.view()
+        self._lengths.flags.writeable = False
         self._verdicts = np.zeros(BURST_MAX, np.uint16)
-        self._length_row = self._lengths
-        self._heads = {}
+        self._verdict_row = self._verdicts
 
     cdef int _check(self) except -1:
         if self._packets == NULL:
             raise ValueError("the burst is over; a program must not keep it")
         return 0
 
-    def __len__(self):
-        return self.count
+    cdef uint32_t _length(self, uint32_t i) noexcept nogil:
+        return self._packets[i].length
 
-    @property
-    def lengths(self):
-        """numpy.ndarray of uint32, [count]: bytes of each packet, Ethernet header included."""
-        self._check()
-        return self._lengths[:self.count]
+    cdef uint32_t _copy(self, uint32_t i, uint32_t offset, uint8_t* to, uint32_t size) noexcept nogil:
+        cdef const packet_t* packet = &self._packets[i]
+        cdef const uint8_t* data = packet.data
+        cdef uint32_t here = packet.head_bytes, left = size, part, s = 0
+        while left:
+            if offset < here:
+                part = min(left, here - offset)
+                memcpy(to, data + offset, part)
+                to += part
+                left -= part
+                offset = 0
+            else:
+                offset -= here
+            if s == packet.more_count:
+                break
+            data = packet.more[s].data
+            here = packet.more[s].length
+            s += 1
+        return size - left
 
     @property
     def verdicts(self):
         """numpy.ndarray of uint16, [count]: all PASS; to be written and returned."""
         self._check()
-        return self._verdicts[:self.count]
-
-    def heads(self, int size):
-        """The first bytes of each packet, copied, so that no guest can change them any more.
-
-        Parameters
-        ----------
-        size : int
-            1 to 65536 bytes of each; a shorter packet is filled up with zeroes.
-
-        Returns
-        -------
-        numpy.ndarray of uint8, [count, size]
-            Used again for the next burst: copy what is to be kept.
-        """
-        cdef uint8_t[:, ::1] rows
-        cdef uint32_t i, left, part, s
-        cdef const packet_t* packet
-        cdef uint8_t* to
-        self._check()
-        if not 1 <= size <= HEADS_MAX:
-            raise ValueError(f"heads of {size} bytes; 1 to {HEADS_MAX} are possible")
-        table = self._heads.get(size)
-        if table is None:
-            table = self._heads[size] = np.zeros((BURST_MAX, size), np.uint8)
-        rows = table
-        for i in range(<uint32_t>self.count):
-            packet = &self._packets[i]
-            to = &rows[i, 0]
-            left = size
-            part = min(left, packet.head_bytes)
-            memcpy(to, packet.data, part)
-            for s in range(packet.more_count):
-                to += part
-                left -= part
-                if left == 0:
-                    break
-                part = min(left, packet.more[s].length)
-                memcpy(to, packet.more[s].data, part)
-            else:
-                to += part
-                left -= part
-            if left:
-                memset(to, 0, left)
-        return table[:self.count]
+        return self._verdicts if self.count == BURST_MAX else self._verdicts[:self.count]
 
 
 cdef uint32_t _run_python(void* state, const packet_t* packets, uint16_t* verdicts, uint32_t count) noexcept with gil:
@@ -230,7 +197,7 @@ cdef class PythonProgram(Program):
                 if row.shape[0] != <Py_ssize_t>count:
                     raise ValueError(f"{row.shape[0]} verdicts for {count} packets")
                 memcpy(verdicts, &row[0], 2 * count)
-                burst._verdicts[:] = 0
+                memset(&burst._verdict_row[0], 0, 2 * BURST_MAX)
                 return count
             except BaseException as error:
                 self._origin.error = error

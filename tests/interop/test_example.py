@@ -18,13 +18,13 @@ from vq.testing import serving
 from vq.virtio import DeviceId
 
 pytestmark = pytest.mark.guest
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples/first_device.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_a_guest_takes_its_entropy_from_python(rig: Rig) -> None:
     """QEMU connects to such a device once, and does not wait for it."""
     path = rig.sock()
-    example = rig.child("first", [sys.executable, str(EXAMPLE), str(path)])
+    example = rig.child("first", [sys.executable, str(EXAMPLES / "first_device.py"), str(path)])
     wait_until("the example listens", path.exists, 20, [example])
     options = [word.split(",reconnect")[0] for word in shared_words(path)]
     guest = rig.guest(path, options=[*options, "-device", "vhost-user-rng-pci,chardev=c0"])
@@ -33,6 +33,22 @@ def test_a_guest_takes_its_entropy_from_python(rig: Rig) -> None:
     sums = {guest.check("head -c 4096 /dev/hwrng | sha256sum") for _ in range(5)}
     assert len(sums) == 5
     assert guest.check("head -c 4096 /dev/hwrng | wc -c").strip() == "4096"
+    guest.kill()
+    example.signal(signal.SIGTERM)
+    assert example.wait(10) == 0
+
+
+@pytest.mark.parametrize("packed", ["off", "on"])
+def test_a_host_made_of_arrays_answers_a_guest(rig: Rig, packed: str) -> None:
+    """A network device in Python, burst by burst: ARP, and pings whose bytes and checksums the guest looks at."""
+    path = rig.sock()
+    example = rig.child("responder", [sys.executable, str(EXAMPLES / "responder.py"), str(path)])
+    wait_until("the example listens", path.exists, 20, [example])
+    guest = rig.guest(path, properties={"packed": packed})
+    guest.check("ip addr add 10.0.0.1/24 dev eth0 && ip link set eth0 up")
+    for size in (0, 56, 1472):
+        assert "5 packets received" in guest.check(f"ping -c 5 -i 0.1 -s {size} 10.0.0.2")
+    assert "02:76:71:00:00:01" in guest.check("ip neigh")
     guest.kill()
     example.signal(signal.SIGTERM)
     assert example.wait(10) == 0

@@ -38,7 +38,7 @@ CAST_FILES = {
     "vq_core/switch.pyx": "the table's words",
     "vq_core/blk_request.pyx": "private copies of a request's header and ranges",
     "vq_core/chain_queue.pyx": "Python bytes objects, and the private copy of a request",
-    "vq_core/device_queue.pyx": "a Python buffer that is written to a chain",
+    "vq_core/device_chain.pyx": "Python buffers that a chain is read into and written from",
     "vq_core/disk.pyx": "the rest of a part that the kernel has moved in part",
     "vq_core/packets.pxd": "payload of the driver's own buffers",
     "vq_core/traffic_engine.pyx": "payload of the driver's own buffers",

@@ -9,7 +9,7 @@ import pytest
 
 import vq
 from vq.testing import Guest
-from vq_core.device_queue import HELD, TURN_STEPS
+from vq_core.taken import HELD, TURN_STEPS
 from waiting import wait_for
 
 Serve = Callable[[vq.HostedDevice], str]

@@ -134,6 +134,29 @@ def test_heads_are_what_was_sent() -> None:
         assert (heads[:, 12:14] == (8, 0)).all()
 
 
+def test_fields_and_bytes_of_packets() -> None:
+    kept: list[Any] = []
+
+    def look(burst: vq.Burst) -> None:
+        heads = burst.heads(60)
+        assert (burst.field(12, ">u2") == 0x0800).all()
+        assert (burst.field(6, "V6").view(np.uint8).reshape(-1, 6) == heads[:, 6:12]).all()
+        assert not burst.field(59, ">u2").any()  # half a field is none
+        data, offsets = burst.gather()
+        assert (data.reshape(-1, 60) == heads).all()
+        assert offsets.tolist() == list(range(0, 60 * burst.count + 1, 60))
+        some, offsets = burst.gather(np.arange(burst.count) % 2 == 1)
+        assert (some.reshape(-1, 60) == heads[1::2]).all()
+        kept.append(data)
+        with pytest.raises(ValueError, match="read-only"):
+            burst.lengths[0] = 1
+
+    program = vq.PythonProgram(look)
+    found = run(["gen:count=50,size=60", "null:"], program)
+    assert (found["null"]["to_null"]["packets"], program.error) == (50, None)
+    assert sum(map(len, kept)) == 50 * 60
+
+
 def test_a_program_that_raises_drops_everything(caplog: pytest.LogCaptureFixture) -> None:
     kept: list[vq.Burst] = []
 

@@ -8,7 +8,8 @@ from typing import Final, Protocol
 
 from vq.device import Device
 from vq.virtio import DeviceId
-from vq_core.device_queue import DeviceChain, DeviceQueue
+from vq_core.device_chain import DeviceChain
+from vq_core.device_queue import DeviceQueue
 
 __all__ = ["Chip", "Eeprom", "I2cDevice"]
 

@@ -1,0 +1,19 @@
+from typing import Any
+
+from numpy import int64, uint8, uint32
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+HEADS_MAX: int
+TABLES_MAX: int
+
+class Table:
+    def __init__(self, shape: Any, dtype: DTypeLike, item: int, *, whole: bool = ..., swapped: bool = ...) -> None: ...
+
+class PacketArrays:
+    count: int
+    def __len__(self) -> int: ...
+    @property
+    def lengths(self) -> NDArray[uint32]: ...
+    def heads(self, size: int) -> NDArray[uint8]: ...
+    def field(self, offset: int, dtype: DTypeLike) -> NDArray[Any]: ...
+    def gather(self, which: ArrayLike | None = None) -> tuple[NDArray[uint8], NDArray[int64]]: ...
