@@ -63,7 +63,7 @@ def _is_one(value: Any, module: ModuleType) -> bool:
 def _load_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         remedy = "give the path of its file, or set PYTHONPATH" if isinstance(error, ModuleNotFoundError) else "mend it"
         raise UsageError(f"program: {name} cannot be imported ({type(error).__name__}: {error}); {remedy}") from error
 
@@ -76,6 +76,8 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules.setdefault(path.stem, module)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if sys.modules.get(path.stem) is module:
+            del sys.modules[path.stem]
         raise UsageError(f"program: {path} cannot be loaded ({type(error).__name__}: {error}); mend it") from error
     return module

@@ -1,11 +1,16 @@
-"""A device that hashes what a driver sends, and a port that measures packets: both run in a worker, without the GIL."""
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+"""A device that hashes what a driver sends, a port that measures packets, and programs that choose among them.
+
+All of them run in a worker, without the GIL.
+"""
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
-from vq_core cimport CHAIN_ABI, OFFLOAD_ALL, PORT_ABI, ChainWorker, Port, endpoint_t, exchange_t, packet_t
+from vq_core cimport (CHAIN_ABI, OFFLOAD_ALL, PORT_ABI, PROGRAM_ABI, VERDICT_DROP, ChainWorker, Port, Program,
+                      endpoint_t, exchange_t, packet_t)
 
-if CHAIN_ABI != 1 or PORT_ABI != 1:
-    raise ImportError(f"fnv.pyx was written for version 1 of vq's contracts, not {CHAIN_ABI} and {PORT_ABI}")
+if CHAIN_ABI != 1 or PORT_ABI != 1 or PROGRAM_ABI != 1:
+    found = f"{CHAIN_ABI}, {PORT_ABI} and {PROGRAM_ABI}"
+    raise ImportError(f"fnv.pyx was written for version 1 of vq's contracts, not {found}")
 
 
 cdef uint64_t fnv1a(const uint8_t* data, uint32_t length) noexcept nogil:
@@ -79,3 +84,42 @@ cdef class SizesPort(Port):
     def histogram(self):
         """dict: packets by the least power of two that is more than their length."""
         return {1 << bits: self.sizes.packets[bits] for bits in range(CLASSES) if self.sizes.packets[bits]}
+
+
+# `api` makes a capsule of it, in fnv.__pyx_capi__, for vq.NativeProgram.
+cdef api uint32_t drop_ipv4(void* state, const packet_t* packets, uint16_t* verdicts, uint32_t count) noexcept nogil:
+    cdef uint32_t i, found = 0
+    for i in range(count):
+        if packets[i].head_bytes >= 14 and packets[i].data[12] == 8 and packets[i].data[13] == 0:
+            verdicts[i] = VERDICT_DROP
+            found += 1
+    return found
+
+
+cdef struct sampled_t:
+    uint32_t one_of
+    uint32_t seen
+
+
+cdef uint32_t sample(void* state, const packet_t* packets, uint16_t* verdicts, uint32_t count) noexcept nogil:
+    cdef sampled_t* sampled = <sampled_t*>state
+    cdef uint32_t i
+    for i in range(count):
+        if sampled.seen % sampled.one_of:
+            verdicts[i] = VERDICT_DROP
+        sampled.seen += 1
+    return count
+
+
+cdef class Sampled(Program):
+    """Lets one of so many packets pass; with a count of its own for each worker."""
+    cdef sampled_t sampled
+
+    def __cinit__(self, uint32_t one_of):
+        self.name = f"one of {one_of}"
+        self.sampled.one_of = max(one_of, <uint32_t>1)
+        self.program.run = sample
+        self.program.state = &self.sampled
+
+    cpdef Program bound(self):
+        return Sampled(self.sampled.one_of)

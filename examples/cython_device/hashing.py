@@ -1,11 +1,15 @@
-"""Serves the device of fnv.pyx, asks it as a driver would, and sends packets to the port: python hashing.py."""
+"""Serves the device of fnv.pyx, asks it as a driver would, and sends packets to the port and by the programs.
+
+python hashing.py
+"""
 
 from __future__ import annotations
 
 import threading
 from tempfile import TemporaryDirectory
 
-from fnv import HashWorker, SizesPort
+import fnv
+from fnv import HashWorker, Sampled, SizesPort
 
 import vq
 from vq import virtio
@@ -57,6 +61,13 @@ def main() -> None:
     with vq.Pump(["gen:size=300,count=100000", port]) as pump:
         pump.run(duration=60)
     print(f"packets below each length: {port.histogram}")
+    # Programs between ports: a function as it is, and a class with a state.
+    plain = vq.NativeProgram(fnv.__pyx_capi__["drop_ipv4"], abi=1, name="drop_ipv4")
+    sampled = Sampled(10)
+    for program in (plain, sampled):
+        with vq.Pump(["gen:size=64,count=1000", "null:"], program=program) as pump:
+            pump.run(duration=60)
+            print(f"{program.name}: {pump.snapshot()['ports']['null']['to_null']['packets']} of 1000 packets")
 
 
 if __name__ == "__main__":

@@ -190,4 +190,6 @@ def test_a_cython_device_of_ones_own(python: Path, tmp_path: Path) -> None:
     out = run(python, "-m", "hashing", cwd=tmp_path)
     assert out.count("0x85944171f73967e8") == 4  # FNV-1a of b"foobar"
     assert "{512: 100000}" in out
+    assert "drop_ipv4: 0 of 1000 packets" in out
+    assert "one of 10: 100 of 1000 packets" in out
     assert run(python, "-c", REFUSED, cwd=tmp_path).split() == ["8", "1", "True"]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cffi
 import numpy as np
 import pytest
 
@@ -79,6 +80,16 @@ def test_compiled_programs(library: ctypes.CDLL) -> None:
     found = run(["gen:count=1001,size=64", "null:"], program)
     assert found["null"]["to_null"]["packets"] == 501
     assert found["gen"]["from_gen"]["dropped"] == {"program": 500}
+
+
+def test_a_program_of_cffi(library: ctypes.CDLL) -> None:
+    """As somebody has it who knows functions of C by cffi: an address."""
+    ffi = cffi.FFI()
+    ffi.cdef("uint32_t every_other(void *, const void *, uint16_t *, uint32_t);")
+    function = ffi.dlopen(library._name).every_other
+    program = vq.NativeProgram(int(ffi.cast("uintptr_t", function)), abi=1, name="every other")
+    found = run(["gen:count=1000,size=64", "null:"], program)
+    assert found["null"]["to_null"]["packets"] == 500
 
 
 def test_a_program_that_writes_anything_sends_nothing_astray(library: ctypes.CDLL) -> None:
@@ -212,6 +223,15 @@ def test_a_program_of_numba() -> None:
 def test_what_is_no_program_is_said(words: str, text: str) -> None:
     with pytest.raises(vq.UsageError, match=text):
         load_program(words)
+
+
+@pytest.mark.parametrize("text", ["raise RuntimeError('no idea')", "import sys; sys.exit(3)", "def f(:"])
+def test_a_module_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "faulty_program.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for words in ("faulty_program:f", f"{tmp_path}/faulty_program.py:f"):
+        with pytest.raises(vq.UsageError, match="mend it"):
+            load_program(words)
 
 
 def test_another_abi_is_refused(library: ctypes.CDLL) -> None:
