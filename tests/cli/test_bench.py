@@ -123,6 +123,16 @@ def test_polling_is_compared_in_pairs() -> None:
     assert record["wake_ups"] == []
 
 
+def test_a_program_is_measured_beside_none(tmp_path: Path) -> None:
+    (tmp_path / "seen.py").write_text("def seen(burst):\n    open(__file__ + '.seen', 'w').close()\n")
+    program = f"{tmp_path}/seen.py:seen"
+    record = final(bench("sweep", f"program=none,{program}", *SHORT, "--json"))
+    assert [run["settings"]["program"] for run in record["runs"]] == ["none", program] * 2
+    assert (tmp_path / "seen.py.seen").exists()
+    assert "no file nowhere.py" in bench("sweep", "program=nowhere.py:f", *SHORT, code=2).stderr
+    assert "on its own command line" in bench("sweep", f"program={program}", "--socket", "a.sock", code=2).stderr
+
+
 def test_tune_compares_with_the_defaults() -> None:
     done = bench("tune", "ring=64", "poll=busy", *SHORT, "--json")
     record = final(done)
@@ -293,7 +303,7 @@ def test_help_of_a_part_has_what_it_takes() -> None:
     assert all(f"  {name} " in peers for name in DIRECTIONS)
     tune = bench("tune", "--help").stdout
     assert "Usage: vq bench tune [AXIS=VALUES...] [OPTIONS]" in tune
-    assert all((f"  {name} " in tune) is (name not in ("size", "pause", "log")) for name in AXES)
+    assert all((f"  {name} " in tune) is (name not in ("size", "pause", "log", "program")) for name in AXES)
     assert "  window " not in bench("latency", "--help").stdout
     assert "microseconds between two packets" in bench("latency", "--help").stdout
 

@@ -18,6 +18,7 @@ from vq.errors import UsageError
         ("window=1..3,32", [1, 2, 3, 32]),
         ("layout=packed,split", ["packed", "split"]),
         ("descriptors=1,indirect", ["1", "indirect"]),
+        ("program=none,../a.py:f,module.b:g", ["none", "../a.py:f", "module.b:g"]),
     ],
 )
 def test_an_axis_is_read(text: str, values: list[int | str]) -> None:
@@ -30,6 +31,7 @@ def test_an_axis_is_read(text: str, values: list[int | str]) -> None:
         ("size", "write AXIS=VALUES"),
         ("speed=3", "AXIS is size, ring"),
         ("size=", "write AXIS=VALUES"),
+        ("program=none,", "MODULE:NAME"),
         ("size=63", "from 64 to 65535"),
         ("size=x", "is no whole number"),
         ("ring=100", "a power of two from 2 to 32768"),

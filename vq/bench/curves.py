@@ -140,7 +140,7 @@ def panels_of(rows: Sequence[Row]) -> list[Panel]:
     x = f"{axis} ({meaning.unit})" if meaning.unit else axis
     xs = list(dict.fromkeys(str(getattr(row.settings, axis)) for row in rows))
     lines = _lines(rows, axis)
-    numbers = not meaning.choices and axis != "size"
+    numbers = not (meaning.choices or meaning.words) and axis != "size"
     packets = [_curve(label, part, axis, lambda row: 1e-6, bends=numbers) for label, part in lines.items()]
     panels = [Panel(x, PACKETS, axis, xs, packets)]
     if axis == "size":

@@ -99,6 +99,8 @@ class Rig:
         Further arguments of net_virtio_user.
     cycles
         Whether to ask for busy cycles; testpmd then reads the clock once more a burst.
+    program
+        For `vq pump --program`; empty: none.
     """
 
     cpus: tuple[int, int]
@@ -106,6 +108,7 @@ class Rig:
     settle: int = 1
     front_args: str = ""
     cycles: bool = False
+    program: str = ""
 
 
 def run_pairs(
@@ -195,6 +198,7 @@ class _Ours(_Dpdk):
         ports = {"sink": [*guests, "null:copy"], "gen": [f"gen:size={cell.size}", *guests]}.get(cell.direction, guests)
         self._key = "to_guest" if cell.direction == "gen" else "from_guest"
         self.command = [sys.executable, "-m", "vq", "pump", *ports, "--cpu", str(rig.cpus[0]), "--poll", "busy"]
+        self.command += ["--program", rig.program] if rig.program else []
         self.command += ["--json", "--interval", "3600"]  # nothing on the way: only the counters of the end
 
     def cycles(self, output: str) -> float | None:

@@ -50,6 +50,8 @@ class Settings:
         How the back-end waits, if it is ours: "busy" or "adaptive".
     sub_burst
         Packets that the back-end publishes at once, if it is ours.
+    program
+        A program between the ports of our back-end, as `vq.program.load_program` finds it; "none".
     driver
         How our driver waits: "busy", or "sleep" until it is called.
     pause
@@ -68,6 +70,7 @@ class Settings:
     log: str = "off"
     poll: str = "busy"
     sub_burst: int = SUB_BURST
+    program: str = "none"
     driver: str = "busy"
     pause: int = 0
 
@@ -96,6 +99,8 @@ class Axis:
         Of its values, for plots; empty without one.
     choices
         Its words; empty: whole numbers.
+    words
+        Any words are values.
     low, high
         Range of a number.
     power
@@ -106,6 +111,7 @@ class Axis:
     help: str
     unit: str = ""
     choices: tuple[str, ...] = ()
+    words: bool = False
     low: int = 0
     high: int = 0
     power: bool = False
@@ -118,6 +124,10 @@ class Axis:
         UsageError
             It is none of the words, or no number of the range.
         """
+        if self.words:
+            if not text:
+                raise UsageError(f"{self.name}=: write {self.help}")
+            return text
         if self.choices:
             if text not in self.choices:
                 raise UsageError(f"{self.name}={text}: {text!r} is not known; use {', '.join(self.choices)}")
@@ -149,6 +159,7 @@ AXES: Final[Mapping[str, Axis]] = {
         Axis("log", "the dirty log of a live migration", choices=SWITCH),
         Axis("poll", "how our back-end waits", choices=("busy", "adaptive")),
         Axis("sub_burst", "packets that our back-end publishes at once", "packets", low=1, high=SUB_BURST_MAX),
+        Axis("program", "what stands between the ports of our back-end: none, MODULE:NAME or FILE.py:NAME", words=True),
         Axis("driver", "how our driver waits", choices=("busy", "sleep")),
         Axis("pause", "latency only: microseconds between two packets", "µs", high=1_000_000),
     )
@@ -181,7 +192,7 @@ def parse_axis(text: str, known: Mapping[str, Axis] = AXES) -> tuple[str, list[i
     values: list[int | str] = []
     for part in rest.split(","):
         low, dots, high = part.partition("..")
-        values += _doubled(axis, low, high) if dots else [axis.read(part)]
+        values += _doubled(axis, low, high) if dots and not axis.words else [axis.read(part)]
     values = list(dict.fromkeys(values))
     if len(values) > VALUES_MAX:
         raise UsageError(f"{name}: {len(values)} values; up to {VALUES_MAX} are measured in one go")

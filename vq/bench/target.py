@@ -13,6 +13,7 @@ from typing import Any
 
 from vq.bench.settings import Settings
 from vq.errors import UsageError
+from vq.program import load_program
 from vq.pump import Pump
 
 __all__ = ["Places", "Target", "Work"]
@@ -114,7 +115,9 @@ class Target:
             path = str(Path(folder) / "echo.sock")
             ports = [f"vhost:{path},queues={settings.queues}"]
             workers = self.places.workers or None
-            with Pump(ports, cpus=workers, poll=settings.poll, sub_burst=settings.sub_burst) as pump:
+            program = None if settings.program == "none" else load_program(settings.program)
+            poll, sub_burst = settings.poll, settings.sub_burst
+            with Pump(ports, cpus=workers, poll=poll, sub_burst=sub_burst, program=program) as pump:
                 control = threading.Thread(target=pump.run, name="vq-control")
                 control.start()
                 try:

@@ -67,8 +67,10 @@ tune --size, --measure; see "vq bench COMMAND --help". """
 SIZES: Final = "size=64,128,256,512,1024,1518,4096,9000"
 LATENCIES: Final = ("pause=0,200", "poll=busy,adaptive", "driver=busy,sleep")
 LATENCY_AXES: Final = (
-    "size", "ring", "layout", "poll", "event_idx", "mergeable", "in_order", "log", "sub_burst", "driver", "pause",
+    "size", "ring", "layout", "poll", "event_idx", "mergeable", "in_order", "log", "sub_burst", "program", "driver",
+    "pause",
 )  # fmt: skip
+UNTUNED: Final = {"size", "pause", "log", "program"}  # what is measured, not how it is set
 PARTS: Final = ("throughput", "latency", "sweep", "peers", "tune", "blk")
 AXIS: Final = "AXIS=VALUES"
 
@@ -87,7 +89,7 @@ def bench_app() -> App:
         (latency, "[AXIS=VALUES...] ", _epilogue(LATENCY_AXES, plot="each is a line of a plot")),
         (sweep, "AXIS=VALUES... ", _epilogue(AXES)),
         (peers, "", PEERS_EPILOGUE.format(directions=listing({n: d.help for n, d in DIRECTIONS.items()}))),
-        (tune, "[AXIS=VALUES...] ", TUNE_EPILOGUE.format(axes=_describe(set(AXES) - {"size", "pause", "log"}))),
+        (tune, "[AXIS=VALUES...] ", TUNE_EPILOGUE.format(axes=_describe(set(AXES) - UNTUNED))),
     ):
         usage = f"Usage: vq bench {command.__name__} {words}[OPTIONS]"
         app.command(command, usage=usage, help=paragraphs(command.__doc__), help_epilogue=epilogue)
@@ -150,10 +152,14 @@ def _read(usual: Sequence[str], given: Sequence[str]) -> dict[str, list[int | st
 
 
 def _check(found: Sequence[Settings], kind: str, options: Options) -> None:
-    ours, usual = ("poll", "sub_burst"), Settings()
+    ours, usual = ("poll", "sub_burst", "program"), Settings()
     for name in ours if options.socket is not None else ():
         if any(getattr(point, name) != getattr(usual, name) for point in found):
             raise UsageError(f"{name}= is for our own back-end; another one is told on its own command line")
+    for name in {point.program for point in found} - {"none"}:
+        from vq.program import load_program
+
+        load_program(name)  # what cannot be found is told before anything is measured
     if kind == "throughput" and any(point.pause for point in found):
         raise UsageError("pause= is for latencies only; use vq bench latency, or sweep --measure latency")
     if kind == "latency":

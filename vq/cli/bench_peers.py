@@ -45,6 +45,9 @@ def peers(
             help="Also the back-ends' busy cycles a packet (testpmd --record-core-cycles).",
         ),
     ] = False,
+    program: Annotated[
+        str | None, Parameter(help="A program in our back-end, as vq pump --program; DPDK's has none.")
+    ] = None,
     output: Output | None = None,
 ) -> int:
     """DPDK's net_vhost and vq pump under the same front-end, DPDK's virtio-user, in alternated pairs.
@@ -63,6 +66,10 @@ def peers(
         if not low <= value <= high:
             raise UsageError(f"{name} {value}: write {low} to {high} seconds")
     cpus = _two(parse_cpus(cpu))
+    if program is not None:
+        from vq.program import load_program
+
+        load_program(program)
     stop = Stop()
     pairs: list[Pair] = []
     problems: list[tuple[Cell, ResourceError]] = []
@@ -71,7 +78,7 @@ def peers(
         from vq.bench.peers import Rig, peer_rows, run_pairs
 
         facts = gather(command_line())
-        rig = Rig(cpus, seconds, settle, front_args, busy_cycles)
+        rig = Rig(cpus, seconds, settle, front_args, busy_cycles, program or "")
         with progress(len(wanted) * repeat, quiet=output.json) as step:
             for pair in run_pairs(rig, wanted, repeat, stop.asked, lambda cell, error: problems.append((cell, error))):
                 pairs.append(pair)
