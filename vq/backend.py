@@ -27,6 +27,7 @@ from vq.postcopy import PATIENCE_S
 from vq.reaper import Reaper
 from vq.session import Session
 from vq.state_transfer import StateTransfer
+from vq.throttle import Throttle
 from vq.translation import Translation
 from vq.transport import Connection
 from vq_core.timer import Timer
@@ -42,8 +43,6 @@ UNPOSTED_S: Final = 4.0  # Linux fills its receive ring as soon as the interface
 UNCLOSED_MAX: Final = 64  # descriptors of one front-end that hang in close()
 SENTENCE_S: Final = 30.0  # until a front-end may come after one that held us up
 PAUSE_S: Final = 0.1  # until the next accept after one that failed for want of descriptors
-WARNINGS_MAX: Final = 10  # of one device at once; one more each second
-REPEAT_S: Final = 30.0  # until the same words are logged again: QEMU reconnects each second, with the same mistake
 
 
 class Backend(Closing):
@@ -116,10 +115,7 @@ class Backend(Closing):
         self._applier: Applier | None = None
         self._translation: Translation | None = None
         self.one_connection = False
-        self._warnings = float(WARNINGS_MAX)  # that may be logged now
-        self._warned_at = time.monotonic()
-        self._unsaid = 0
-        self._said = ("", 0.0)  # the last warning logged, and when
+        self._throttle = Throttle()
         self.closed = False
         device.settle = self._settle
         device.report = self.report
@@ -228,21 +224,11 @@ class Backend(Closing):
         Parameters
         ----------
         text
-            What happened. Beyond `WARNINGS_MAX` at once, one a second is logged, the same one twice only after
-            `REPEAT_S`; and it tells how many were not.
+            What happened; `Throttle` says how often.
         """
-        now = time.monotonic()
-        self._warnings = min(WARNINGS_MAX, self._warnings + now - self._warned_at)
-        self._warned_at = now
-        last, when = self._said
-        if self._warnings < 1 or (text == last and now - when < REPEAT_S):
-            self._unsaid += 1
-            return
-        self._warnings -= 1
-        self._said = (text, now)
-        more = f" unsaid={self._unsaid}" if self._unsaid else ""
-        self._unsaid = 0
-        logger.warning("device=%s error=%r%s", self.device.name, text, more)
+        more = self._throttle.passes(text)
+        if more is not None:
+            logger.warning("device=%s error=%r%s", self.device.name, text, more)
 
     def report(self) -> None:
         """Say which queues have been broken by their driver, and end a connection that cannot go on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 from vq.errors import FrontendError, UsageError
@@ -89,6 +90,7 @@ class ConfigLayout:
     _fields: ClassVar[dict[str, _Field]] = {}
     _values: dict[str, Any]
     _changed: Callable[[], None]
+    _lock: Lock  # no callback is called under it
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -110,6 +112,7 @@ class ConfigLayout:
         cls.SIZE = offset
 
     def __init__(self, **values: Any) -> None:
+        object.__setattr__(self, "_lock", Lock())
         object.__setattr__(self, "_changed", lambda: None)
         object.__setattr__(self, "_values", {f.name: f.check(f.default) for f in self._fields.values()})
         self.update(**values)
@@ -130,9 +133,12 @@ class ConfigLayout:
             if name not in self._fields:
                 known = ", ".join(self._fields) or "none"
                 raise UsageError(f"{type(self).__name__} has no field {name}; it has {known}")
-        new = self._values | {name: self._fields[name].check(value) for name, value in values.items()}
-        if new != self._values:
+        checked = {name: self._fields[name].check(value) for name, value in values.items()}
+        with self._lock:
+            new = self._values | checked
+            differs = new != self._values
             object.__setattr__(self, "_values", new)
+        if differs:
             self._changed()
 
     def pack(self) -> bytes:
@@ -160,16 +166,17 @@ class ConfigLayout:
         FrontendError
             A byte lies in a field that is read-only; nothing was changed.
         """
-        space = bytearray(self.pack())
-        space[offset : offset + len(data)] = data
         touched = [f for f in self._fields.values() if f.offset < offset + len(data) and offset < f.offset + f.size]
         for field in touched:
             if not (field.writable or migration):
                 limit = "the driver must not write it; " + _writable_names(self._fields)
                 raise FrontendError("SET_CONFIG", "field", field.name, limit)
-        values = {field.name: field.unpack(bytes(space)) for field in touched if field.writable}
-        changed = frozenset(name for name, value in values.items() if value != self._values[name])
-        object.__setattr__(self, "_values", self._values | values)
+        with self._lock:
+            space = bytearray(self.pack())
+            space[offset : offset + len(data)] = data
+            values = {field.name: field.unpack(bytes(space)) for field in touched if field.writable}
+            changed = frozenset(name for name, value in values.items() if value != self._values[name])
+            object.__setattr__(self, "_values", self._values | values)
         return changed
 
 

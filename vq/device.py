@@ -15,6 +15,7 @@ from vq.config_layout import ConfigLayout
 from vq.errors import FrontendError, UsageError
 from vq.hosted_device import HostedDevice
 from vq.offer import QUEUES_MAX, Offer
+from vq.throttle import Throttle
 from vq.waker import Waker
 from vq_core.device_queue import DeviceQueue
 from vq_core.queue import Queue
@@ -96,6 +97,7 @@ class Device(HostedDevice):
         names = _names(self.queues)
         self.name = type(self).__name__.lower()
         self._closed = False
+        self._throttle = Throttle()
         self._calls: deque[Callable[[], object]] = deque()
         self._watched: dict[int, Callable[[], object]] = {}
         self._waker = Waker()
@@ -199,8 +201,10 @@ class Device(HostedDevice):
         queue.begin()
         self._guarded(None, lambda: self.on_stop(queue))
         lost = queue.stopping()
-        if lost:
-            logger.warning("device=%s queue=%s error='%d chains were never completed'", self.name, queue.name, lost)
+        more = self._throttle.passes(f"{queue.name} lost {lost}") if lost else None
+        if more is not None:
+            text = f"{lost} chains were never completed"
+            logger.warning("device=%s queue=%s error=%r%s", self.name, queue.name, text, more)
 
     def read_config(self, offset: int, size: int) -> bytes:
         found: bytes = self.config.pack()[offset : offset + size]
@@ -238,15 +242,19 @@ class Device(HostedDevice):
         try:
             action()
         except Exception as error:
-            logger.exception("device=%s queue=%s", self.name, "-" if queue is None else queue.name)
+            more = self._throttle.passes(f"{queue and queue.name} {error!r}")
+            if more is not None:
+                logger.exception("device=%s queue=%s%s", self.name, "-" if queue is None else queue.name, more)
             if queue is not None:
                 queue.fail()
             if fd is not None:
                 self.unwatch(fd)
             try:
                 self.on_error(queue, error)
-            except Exception:
-                logger.exception("device=%s on_error", self.name)
+            except Exception as again:
+                more = self._throttle.passes(f"on_error {again!r}")
+                if more is not None:
+                    logger.exception("device=%s on_error%s", self.name, more)
 
 
 def _features(features: int | Iterable[int]) -> int:

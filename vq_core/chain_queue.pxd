@@ -24,6 +24,7 @@ cdef struct request_t:
     uint32_t copied              # device-readable bytes that were copied
     uint64_t readable_bytes      # device-readable bytes that there are
     uint64_t writable_bytes      # of the parts below
+    uint32_t steps               # descriptors read
     uint32_t part_count
     uint32_t lengths[REQUEST_PARTS_MAX]
     gpa_t addrs[REQUEST_PARTS_MAX]

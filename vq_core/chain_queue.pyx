@@ -109,6 +109,7 @@ cdef int request_take(queue_t* queue, request_t* request, uint8_t* to, uint32_t 
     ring_commit_take(ring, packed, &cursor)
     request.id = chain.id
     request.slots = chain.slots
+    request.steps = chain.steps
     request.life = queue.lives
     return 1
 

@@ -16,18 +16,27 @@ cdef enum:
     IDLE_ROUNDS = 64             # empty rounds before the clock decides about sleeping
     IDLE_CYCLES = 150000         # about 50 microseconds: longer than a busy driver's gaps
     LOOK_MS = 10                 # between two looks at a ring whose driver does not kick
+    ROUND_STEPS = 1 << 12        # descriptors of a queue that a round reads, but for the chain that passes it
+    ROUND_BYTES = 1 << 20        # and bytes of it that a round copies
 
 
 cdef int _serve(ChainWorker owner, chain_worker_t* worker, int index) noexcept nogil:
-    """Answer what waits in one queue, up to a burst of it; the number of requests."""
+    """Answer what waits in one queue, up to a burst of it; the number of requests.
+
+    Long chains end a burst early: other queues of the worker and the control thread wait for it.
+    """
     cdef queue_t* queue = worker.queues[index]
     cdef bint packed = queue.ring.is_packed
     cdef request_t request
     cdef exchange_t exchange
     cdef int64_t length
     cdef int count = 0
-    while count < CHAIN_BURST and request_take(queue, &request, worker.data, worker.limit) > 0:
+    cdef uint64_t steps = 0, copied = 0
+    while count < CHAIN_BURST and steps < ROUND_STEPS and copied < ROUND_BYTES \
+            and request_take(queue, &request, worker.data, worker.limit) > 0:
         count += 1
+        steps += request.steps
+        copied += request.copied
         exchange.queue = index
         exchange.data = worker.data
         exchange.data_bytes = request.copied
@@ -43,6 +52,7 @@ cdef int _serve(ChainWorker owner, chain_worker_t* worker, int index) noexcept n
         if length < 0:
             break
         worker.answered += 1
+        copied += <uint64_t>length
         ring_give_back(&queue.ring, packed, request.id, <uint32_t>length, request.slots)
     if queue.started and ring_next_used(&queue.ring, packed) != ring_shadow_used(&queue.ring, packed):
         queue_publish(queue, packed, ring_next_used(&queue.ring, packed))

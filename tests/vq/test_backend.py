@@ -245,7 +245,7 @@ def test_the_same_mistake_again_and_again_is_told_once_in_a_while(
     with serving(path=path) as backend:
         for text in ("one", "one", "one", "another", "one"):
             backend.warn(text)
-        monkeypatch.setattr("vq.backend.REPEAT_S", 0.0)
+        monkeypatch.setattr("vq.throttle.REPEAT_S", 0.0)
         backend.warn("one")
     said = [record.getMessage().partition("error=")[2] for record in caplog.records]
     assert said == ["'one'", "'another' unsaid=2", "'one'", "'one'"]

@@ -6,8 +6,9 @@ import gc
 import io
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -273,6 +274,34 @@ def test_a_request_over_the_limit_breaks_the_queue_and_room_is_cut(vq_guest: Con
 # -- errors --
 
 
+def test_a_front_end_cannot_fill_the_log(vq_guest: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    """Stops with chains that are lost, and requests that a device fails at, again and again."""
+
+    class Faulty(Later):
+        def handle(self, queue: vq.DeviceQueue) -> None:
+            super().handle(queue)
+            if len(self.kept) == 2:
+                self.kept[1].complete()
+            elif self.kept:
+                raise RuntimeError(f"no idea {len(self.kept)}")
+
+    device = Faulty()
+    guest = vq_guest(device)
+    with caplog.at_level(logging.WARNING):
+        for number in range(60):
+            device.kept.clear()
+            for _ in range(1 + number % 2):
+                guest.drivers[0].add([b"x"], [1])
+            guest.drivers[0].publish()
+            guest.drivers[0].kick()
+            guest.frontend.barrier()
+            wait_for(lambda: device.kept)
+            guest.stop(0)
+            guest.drivers[0].reset()
+            guest.start(0)
+    assert len([record for record in caplog.records if record.name == "vq.device"]) < 20
+
+
 def test_an_error_breaks_its_queue_alone(vq_serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     class Faulty(Later):
         def __init__(self) -> None:
@@ -376,6 +405,36 @@ def test_a_layout_that_cannot_be_is_refused() -> None:
         type("Odd", (vq.ConfigLayout,), {"__annotations__": {"size": int}})
     with pytest.raises(vq.UsageError, match="257 bytes"):
         type("Big", (vq.ConfigLayout,), {"__annotations__": {"data": Annotated[bytes, 257]}})
+
+
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("switching")
+def test_what_both_sides_change_at_once_is_kept() -> None:
+    """A field is the device's, another one the driver's: neither takes the other's change back."""
+    config = Config()
+    rounds = 3000
+    written: list[int] = []
+
+    def driver() -> None:
+        for number in range(rounds):
+            config.write(14, bytes([number % 256]), migration=False)
+            written.append(config.level)
+
+    thread = threading.Thread(target=driver)
+    thread.start()
+    for number in range(rounds):
+        config.capacity = number
+        assert config.capacity == number
+    thread.join()
+    assert written == [number % 256 for number in range(rounds)]
 
 
 # -- life --

@@ -8,6 +8,8 @@ import struct
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import vq
 from driver_rig import every_layout
@@ -104,6 +106,22 @@ def test_an_eeprom_on_the_bus(vq_guest: Connect, layout: str) -> None:
     assert guest.ask(request(0x50, READ), [8, 1]) == b"facTEST\xff\0"
     assert guest.ask(request(0x50), 1) == b"\0"  # is it there
     assert guest.ask(request(0x51), 1) == b"\1"
+
+
+@given(st.lists(st.tuples(st.binary(max_size=600), st.integers(0, 600)), max_size=8))
+def test_the_place_of_an_eeprom_goes_round(steps: list[tuple[bytes, int]]) -> None:
+    """As if each byte went by itself."""
+    chip = Eeprom()
+    content, place = bytearray(b"\xff" * 256), 0
+    for data, size in steps:
+        chip.write(data)
+        place = data[0] if data else place
+        for byte in data[1:]:
+            content[place] = byte
+            place = (place + 1) % 256
+        assert chip.content == content
+        assert chip.read(size) == bytes(content[(place + i) % 256] for i in range(size))
+        place = (place + size) % 256
 
 
 def test_what_follows_a_failure_fails_too_if_it_should(vq_guest: Connect) -> None:

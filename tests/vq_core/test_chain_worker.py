@@ -9,6 +9,7 @@ import pytest
 
 import vq
 from vq import virtio as v
+from vq.testing import Guest
 from vq_core.chain_worker import ChainWorker
 from vq_core.driver import Buffer
 from vq_core.queue import Queue
@@ -125,3 +126,19 @@ def test_a_subclass_that_forgets_the_base() -> None:
     with pytest.raises(ValueError, match="__init__"):
         Forgetful().run()
     Forgetful().close()
+
+
+@every_layout
+def test_long_chains_end_a_round_early(vq_guest: Callable[..., Guest], layout: str) -> None:
+    """The other queues of the worker, and the control thread, wait for a round."""
+    device = Swallow()
+    guest = vq_guest(device, layout=layout, size=1024)
+    driver = guest.drivers[0]
+    for _ in range(32):
+        driver.add([b"x"] * 1024, indirect=True)
+    driver.publish()
+    driver.kick()
+    guest.used(32)
+    now = device.worker.snapshot()
+    assert now["answered"] == 32
+    assert now["rounds"] - now["empty_rounds"] >= 32 * 1024 // 5120

@@ -41,17 +41,21 @@ class Eeprom:
 
     def write(self, data: bytes) -> None:
         """Go to a place, and write there what follows."""
-        if data:
-            self._place = data[0]
-        for byte in data[1:]:
-            self.content[self._place] = byte
-            self._place = (self._place + 1) % 256
+        if not data:
+            return
+        past = max(0, len(data) - 257)  # bytes that others overwrite in turn
+        self._place = (data[0] + past) % 256
+        kept = data[1 + past :]
+        first = kept[: 256 - self._place]
+        self.content[self._place : self._place + len(first)] = first
+        self.content[: len(kept) - len(first)] = kept[len(first) :]
+        self._place = (self._place + len(kept)) % 256
 
     def read(self, size: int) -> bytes:
         """Read on from the place."""
-        found = bytes(self.content[(self._place + i) % 256] for i in range(size))
+        turned = bytes(self.content[self._place :] + self.content[: self._place])
         self._place = (self._place + size) % 256
-        return found
+        return (turned * (size // 256 + 1))[:size]
 
 
 class I2cDevice(Device):
