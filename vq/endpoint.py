@@ -64,6 +64,11 @@ class Listener:
         ResourceError
             We cannot have more connections now, for want of fds or memory.
         """
+        sock = self.accept_socket()
+        return None if sock is None else Connection(sock, replies=replies)
+
+    def accept_socket(self) -> socket.socket | None:
+        """As `accept`, for a socket of another protocol."""
         try:
             sock, _ = self._sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -71,7 +76,7 @@ class Listener:
         except OSError as problem:
             remedy = "close some, or raise the limit of open files (ulimit -n)"
             raise ResourceError("cannot accept", errno=problem.errno or 0, path=self.path, remedy=remedy) from problem
-        return Connection(sock, replies=replies)
+        return sock
 
     def close(self) -> None:
         """Stop listening, and remove the socket file if it is still the one that we made."""
