@@ -15,6 +15,7 @@ from pathlib import Path
 
 INIT = Path(__file__).with_name("guest_init.sh")
 MODULES = ("virtio_pci", "virtio_net", "virtio_console", "virtio_blk", "virtio_mem", "virtio_rng")
+MODULES += ("vmw_vsock_virtio_transport",)
 UML_MODULES = ("virtio_net", "virtio_console", "8021q", "ipv6")  # its transport is built in
 TOOLS = ("ping", "ethtool", "iperf3")
 

@@ -20,7 +20,7 @@ from typing import Final
 from vq.config_layout import ConfigLayout, le64
 from vq.device import Device
 from vq.devices.vsock_stream import HEADER, HOST, NO_RECEIVE, NO_SEND, STREAM, Op, Packet, Stream
-from vq.endpoint import listen
+from vq.endpoint import Listener, listen
 from vq.errors import ResourceError
 from vq.virtio import DeviceId
 from vq_core.device_chain import DeviceChain
@@ -28,7 +28,7 @@ from vq_core.device_queue import DeviceQueue
 
 __all__ = ["VsockDevice"]
 
-RX, TX = 0, 1  # queues; the third one, of events, has nothing to tell
+RECEIVEQ, TRANSMITQ = 0, 1  # the guest's; the queue of events has nothing to tell
 BUFFER: Final = 256 << 10  # bytes of a guest that wait for the host's program, for each stream
 STREAMS_MAX: Final = 1024
 ANSWERS_MAX: Final = 256  # packets without data that wait for a buffer of the guest
@@ -57,13 +57,15 @@ class VsockDevice(Device):
     """
 
     device_id = DeviceId.VSOCK
-    queues = ("rx", "tx", "event")
+    queues = ("receiveq", "transmitq", "eventq")
     max_bytes = DATA_MAX + HEADER.size
 
     class Config(ConfigLayout):
         """VIRTIO 1.3, 5.10.4."""
 
         guest_cid: le64
+
+    _listener: Listener | None = None  # while it is not closed
 
     def __init__(self, cid: int, path: str) -> None:
         self.config.guest_cid = self._cid = cid
@@ -75,17 +77,18 @@ class VsockDevice(Device):
         self._answers: deque[tuple[tuple[int, int], Op, int]] = deque()
         self._spare: DeviceChain | None = None  # a buffer of the guest, for the next packet
         self._ports = itertools.cycle(range(1 << 30, 1 << 31))
-        self._events = select.epoll()
         self._listener = listen(path)
-        self._events.register(self._listener.fileno(), select.EPOLLIN)
+        self._listening = self._listener.fileno()
+        self._events = select.epoll()
+        self._events.register(self._listening, select.EPOLLIN)
         self.watch(self._events.fileno(), self._look)
 
     # -- from the guest --
 
     def handle(self, queue: DeviceQueue) -> None:
-        if queue.index == RX:
+        if queue.index == RECEIVEQ:
             self._flush()
-        elif queue.index == TX:
+        elif queue.index == TRANSMITQ:
             # What is answered needs a buffer: a guest that has none is not listened to.
             while len(self._answers) < ANSWERS_MAX and (chain := next(queue, None)):
                 self._take(chain)
@@ -231,7 +234,7 @@ class VsockDevice(Device):
     def _buffer(self) -> DeviceChain | None:
         """A buffer of the guest; it is kept until something was written to it."""
         if self._spare is None or not self._spare.alive:
-            self._spare = self.chains[RX].pop()
+            self._spare = self.chains[RECEIVEQ].pop()
         if self._spare is not None and self._spare.writable_bytes <= HEADER.size:
             self._spare.refuse()
             self._spare = None
@@ -259,7 +262,7 @@ class VsockDevice(Device):
     def _look(self) -> None:
         for fd, events in self._events.poll(0):
             stream = self._by_fd.get(fd)
-            if fd == self._listener.fileno():
+            if fd == self._listening:
                 self._accept()
             elif fd in self._callers:
                 self._listen_to(fd)
@@ -268,11 +271,11 @@ class VsockDevice(Device):
         self._flush()
 
     def _accept(self) -> None:
-        while True:
+        while self._listener is not None:
             try:
                 sock = self._listener.accept_socket()
             except ResourceError:  # too many files are open: again when a stream has ended
-                self._events.modify(self._listener.fileno(), 0)
+                self._events.modify(self._listening, 0)
                 return
             if sock is None:
                 return
@@ -347,10 +350,10 @@ class VsockDevice(Device):
         self._by_fd.pop(fd, None)
         self._ready.pop(stream, None)
         stream.sock.close()  # which takes it from the epoll too
-        self._events.modify(self._listener.fileno(), select.EPOLLIN)
+        self._events.modify(self._listening, select.EPOLLIN)
 
     def on_stop(self, queue: DeviceQueue) -> None:
-        if queue.index == RX:
+        if queue.index == RECEIVEQ:
             self._spare = None
 
     def on_reset(self) -> None:
@@ -361,11 +364,12 @@ class VsockDevice(Device):
 
     def close(self) -> None:
         super().close()
-        if self._events.closed:
+        if self._listener is None:
             return
         self.on_reset()
         for sock in self._callers.values():
             sock.close()
         self._callers.clear()
-        self._listener.close()
         self._events.close()
+        self._listener.close()
+        self._listener = None
