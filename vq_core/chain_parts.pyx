@@ -5,7 +5,7 @@ from libc.string cimport memcpy
 from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t
 from vq_core.dirty cimport dirty_mark, dirty_t
 from vq_core.memory cimport memory_translate_part
-from vq_core.queue cimport BROKEN_ADDRESS, BROKEN_ID, BROKEN_REQUEST, queue_break, queue_t
+from vq_core.queue cimport BROKEN_ADDRESS, BROKEN_ID, BROKEN_REFUSED, queue_break, queue_t
 from vq_core.virtio cimport VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
 
 cdef enum:
@@ -52,7 +52,7 @@ cdef int _take(parts_t* parts, span_t* span, queue_t* queue, virtq_desc_t* descr
         descriptor.len = <uint32_t>min(<uint64_t>descriptor.len, limit - span.writable_bytes)
         span.writable_bytes += descriptor.len
     elif descriptor.len > limit - span.readable_bytes:
-        return BROKEN_REQUEST
+        return BROKEN_REFUSED
     else:
         span.readable_bytes += descriptor.len
     status = _add(parts, queue, descriptor)

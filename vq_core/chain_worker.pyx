@@ -6,7 +6,7 @@ from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_r
 from vq_core.chain_queue cimport request_answer, request_t, request_take
 from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
-from vq_core.queue cimport (BROKEN_REQUEST, Queue, queue_break, queue_flush, queue_lost, queue_publish,
+from vq_core.queue cimport (BROKEN_REFUSED, Queue, queue_break, queue_flush, queue_lost, queue_publish,
                             queue_request_kick, queue_t)
 from vq_core.ring cimport ring_give_back, ring_has_more, ring_known, ring_next_used, ring_shadow_used
 
@@ -45,7 +45,7 @@ cdef int _serve(ChainWorker owner, chain_worker_t* worker, int index) noexcept n
         exchange.reply_bytes = <uint32_t>min(request.writable_bytes, <uint64_t>worker.limit)
         length = owner.answer(&exchange)
         if length < 0 or length > <int64_t>exchange.reply_bytes:
-            queue_break(queue, BROKEN_REQUEST, request.id)
+            queue_break(queue, BROKEN_REFUSED, request.id)
             worker.refused += 1
             break
         length = request_answer(queue, &request, worker.reply, <uint64_t>length)

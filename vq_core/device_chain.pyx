@@ -4,7 +4,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, P
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from vq_core.chain_parts cimport parts_mark, parts_read, parts_write
-from vq_core.queue cimport BROKEN_REQUEST, queue_break, queue_t
+from vq_core.queue cimport BROKEN_REFUSED, queue_break, queue_t
 from vq_core.ring cimport ring_give_back
 from vq_core.taken cimport Taken
 
@@ -203,7 +203,7 @@ cdef class DeviceChain(Taken):
         self._check()
         self._over = True
         if self._queue._lives(self):
-            queue_break(&self._queue.queue.queue, BROKEN_REQUEST, self._span.id)
+            queue_break(&self._queue.queue.queue, BROKEN_REFUSED, self._span.id)
 
     def __repr__(self):
         state = "completed" if self._over else "waiting"

@@ -49,6 +49,7 @@ cdef enum:
     BROKEN_REQUEST = 13          # no whole header or no room for the status
     BROKEN_IN_FLIGHT = 14        # made available again before it was used; noticed where there is an in-flight region
     BROKEN_DEVICE = 15           # what serves the queue has failed
+    BROKEN_REFUSED = 16          # a device of the embedder's refuses it: too long, or of no form that it knows
     BROKEN_MISS = 255            # not broken: a translation is missing (`queue_fail`)
 
 # What a started ring must still read of its memory to know its place. With postcopy the reading may last, so that it is

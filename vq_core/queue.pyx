@@ -43,6 +43,7 @@ BROKEN_CAUSES = (
     ("request without a whole header or without a byte for its status", "VIRTIO 1.3, 5.2.6 and 5.1.6.5"),
     ("buffer made available again before it was used", "VIRTIO 1.3, 2.7.13.1 and 2.8.21.1"),
     ("what serves it in the back-end has failed", "VIRTIO 1.3, 2.1.2"),
+    ("request that its device does not take: too long, or of no form that it knows", "VIRTIO 1.3, 2.1.2"),
 )
 
 if (sizeof(virtq_desc_t), sizeof(virtq_used_elem_t), sizeof(virtq_packed_desc_t), sizeof(virtq_packed_event_t),
