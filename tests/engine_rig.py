@@ -14,8 +14,9 @@ import pytest
 from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory
 from vq_core.memory import MemoryMap
+from vq_core.plan import Plan
 from vq_core.ports.vhost import VhostPort
-from vq_core.worker import Plan, Worker
+from vq_core.worker import Worker
 
 PAGE = 4096
 CANARY = 0xCC

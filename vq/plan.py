@@ -21,7 +21,7 @@ Key = tuple[int, int]  # an endpoint, as something that can be looked up: (id of
 
 
 class Flow(NamedTuple):
-    """One source and where its packets go; the arguments of `vq_core.worker.Plan`."""
+    """One source and where its packets go; the arguments of `vq_core.plan.Plan`."""
 
     source: Port
     source_index: int

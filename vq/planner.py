@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from vq.errors import UsageError
 from vq.plan import Flow, Key, make_flows, nodes, owned, spread
 from vq.sub_burst import SUB_BURST
+from vq_core.plan import Plan
 from vq_core.port import Port
 from vq_core.program import Program
 from vq_core.switch import Switch, SwitchLane
-from vq_core.worker import Plan, Worker
+from vq_core.worker import Worker
 
 __all__ = ["Planner"]
 

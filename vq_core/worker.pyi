@@ -1,14 +1,7 @@
-from collections.abc import Iterable
 from typing import Any
 
 from vq_core.handover import Mailbox
-from vq_core.port import Port
-
-class Plan:
-    owned: list[tuple[Port, int]]
-    def __init__(
-        self, flows: Iterable[tuple[Any, ...]] = (), *, sub_burst: int = 16
-    ) -> None: ...
+from vq_core.plan import Plan
 
 class Worker:
     cpu: int | None

@@ -1,212 +1,23 @@
 """The worker loop; the only place that gives up the GIL for long."""
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
-from vq_core.counters cimport DROP_NO_DESCRIPTORS, DROP_PROGRAM, counters_round
+from vq_core.counters cimport DROP_NO_DESCRIPTORS
 from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
+from vq_core.flow cimport flow_t
+from vq_core.flow_round cimport flow_account, flow_round
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
-from vq_core.offload cimport Offload, offload_push
-from vq_core.port cimport ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_CSUM, ROOM_PAUSES, Port, burst_t, endpoint_t, packet_t
-from vq_core.program cimport VERDICT_PASS, VERDICT_REFLECT, Program
-from vq_core.switch cimport SwitchLane, switch_forward, switch_now_s
+from vq_core.offload cimport Offload
+from vq_core.plan cimport Plan, plan_t
+from vq_core.port cimport ARM_PULL, ARM_PUSH, Port, endpoint_t
 
 import os
 
 cdef enum:
     IDLE_ROUNDS = 64             # empty rounds before the clock decides about sleeping
     IDLE_CYCLES = 150000         # about 50 microseconds: longer than a busy peer's gaps
-
-
-# ---- one flow ----
-
-cdef inline int _push(worker_t* worker, endpoint_t* target, packet_t* packets, int count,
-                      uint32_t wants) noexcept nogil:
-    if wants & ~target.accepts:
-        return offload_push(worker.offload, target, packets, count)
-    return target.push(target, packets, count)
-
-
-cdef inline int _part(flow_t* flow, packet_t* packets, int left) noexcept nogil:
-    """How many of the `left` packets to publish at once: a sub-burst, or less of it when they are long."""
-    cdef int i, most = min(flow.step, left)
-    cdef int64_t bytes_left = <int64_t>flow.step * SUB_BURST_BYTES
-    if flow.step == BURST_MAX:
-        return left
-    for i in range(most):
-        bytes_left -= packets[i].length
-        if bytes_left <= 0:
-            return i + 1
-    return most
-
-
-cdef inline int _deliver(worker_t* worker, flow_t* flow, burst_t* burst, int first) noexcept nogil:
-    """Push and release packets `first` and up; where it stopped for want of room (burst.count: all done)."""
-    cdef endpoint_t* source = flow.source
-    cdef int count = burst.count, size, done
-    while first < count:
-        size = _part(flow, &burst.packets[first], count - first)
-        done = _push(worker, flow.target, &burst.packets[first], size, burst.wants)
-        first += done
-        if done < size:
-            if flow.held != NULL:
-                break
-            flow.target.pushed.dropped[DROP_NO_DESCRIPTORS] += count - first
-            first = count
-        source.release(source, burst, first)
-    return first
-
-
-# ---- with a program ----
-
-cdef bint _judge(flow_t* flow, burst_t* burst) noexcept nogil:
-    """Ask the program; whether some packet does not simply pass."""
-    memset(flow.verdicts, 0, sizeof(flow.verdicts))
-    return flow.program.run(flow.program.state, burst.packets, flow.verdicts, burst.count) != 0
-
-
-cdef endpoint_t* _way(flow_t* flow, uint16_t verdict) noexcept nogil:
-    """Where a verdict sends a packet; NULL: nowhere. Whatever the program wrote, it is one of our endpoints."""
-    if verdict == VERDICT_PASS:
-        return flow.target
-    if verdict == VERDICT_REFLECT:
-        return flow.source
-    if flow.lane != NULL:
-        return flow.lane.endpoints[verdict - 1] if verdict <= flow.lane.port_count else NULL
-    return flow.ways[verdict - 1] if verdict <= 2 else NULL
-
-
-cdef int _send(worker_t* worker, flow_t* flow, burst_t* burst, int first, int size) noexcept nogil:
-    """Send packets of one verdict on their way, or drop them: how many are dealt with; fewer than `size`: no room."""
-    cdef endpoint_t* way = _way(flow, flow.verdicts[first])
-    cdef int done
-    if way == NULL:
-        flow.source.pulled.dropped[DROP_PROGRAM] += size
-        return size
-    done = _push(worker, way, &burst.packets[first], size, burst.wants)
-    if done < size and not (way == flow.target and flow.held != NULL):
-        way.pushed.dropped[DROP_NO_DESCRIPTORS] += size - done
-        done = size
-    if way != flow.target:
-        way.flush(way)
-    return done
-
-
-cdef int _deliver_judged(worker_t* worker, flow_t* flow, burst_t* burst, int first) noexcept nogil:
-    """As `_deliver`, in runs of packets with one verdict."""
-    cdef int count = burst.count, end, size, done
-    while first < count:
-        end = first + 1
-        while end < count and flow.verdicts[end] == flow.verdicts[first]:
-            end += 1
-        size = _part(flow, &burst.packets[first], end - first)
-        done = _send(worker, flow, burst, first, size)
-        first += done
-        if done < size:
-            break
-        flow.source.release(flow.source, burst, first)
-    return first
-
-
-cdef void _forward_judged(worker_t* worker, flow_t* flow, burst_t* burst) noexcept nogil:
-    """Leave to the switch what passes, and send the rest where the program wants it."""
-    cdef burst_t* passed = &worker.passed
-    cdef int i
-    passed.count = passed.wants = 0
-    for i in range(<int>burst.count):
-        if flow.verdicts[i] == VERDICT_PASS:
-            memcpy(&passed.packets[passed.count], &burst.packets[i], sizeof(packet_t))
-            passed.count += 1
-            passed.wants |= burst.packets[i].wants
-        else:
-            _send(worker, flow, burst, i, 1)
-    if passed.count:
-        switch_forward(flow.via, flow.lane, passed, flow.source_port, worker.offload, switch_now_s())
-
-
-cdef inline int _patience(flow_t* flow, uint64_t now) noexcept nogil:
-    """How many packets to pull from a ring towards a ring; 0: wait a moment, the target has no room."""
-    cdef int room = flow.target.room(flow.target)
-    cdef int need = flow.need
-    if need > 1:
-        flow.most = max(flow.most, room)
-        need = max(1, min(need, flow.most // 2))
-    if room < need:
-        if flow.tired or (room < 0 and room != ROOM_PAUSES):
-            return BURST_MAX
-        if not flow.waiting:
-            flow.waiting = True
-            flow.waiting_since = now
-        if now - flow.waiting_since < <uint64_t>(PAUSE_CYCLES if room == ROOM_PAUSES else PATIENCE_CYCLES):
-            return 0
-        flow.tired = True
-        flow.waiting = False
-        return BURST_MAX
-    flow.tired = False
-    flow.waiting = False
-    if need == 1:
-        return min(room, BURST_MAX)
-    return max(1, min(room // need, BURST_MAX))
-
-
-cdef int _run_flow(worker_t* worker, flow_t* flow, uint64_t now) noexcept nogil:
-    """One round of a flow; number of packets that moved."""
-    cdef endpoint_t* source = flow.source
-    cdef endpoint_t* target = flow.target
-    cdef burst_t* burst = &worker.burst
-    cdef int count, first = 0, limit = BURST_MAX
-    if flow.held != NULL:
-        burst = flow.held
-        if target != NULL:
-            flow.room = target.room(target)
-            limit = min(limit, flow.room)
-            flow.waiting = limit <= 0
-            if flow.waiting:
-                return 0
-    elif flow.patient:
-        limit = _patience(flow, now)
-        if limit == 0:
-            return 0
-    if flow.held_at >= 0:
-        first = flow.held_at
-    elif source.pull(source, burst, limit) == 0:
-        source.pulled.empty_polls += 1
-        return 0
-    elif flow.program != NULL:
-        flow.judged = _judge(flow, burst)
-    if flow.patient:
-        flow.need = NEED_MAX if burst.wants & ~<uint32_t>OFFLOAD_CSUM else 1
-    count = burst.count - first
-    if target == NULL:
-        if flow.judged:
-            _forward_judged(worker, flow, burst)
-        else:
-            switch_forward(flow.via, flow.lane, burst, flow.source_port, worker.offload, switch_now_s())
-        source.release(source, burst, burst.count)
-        source.flush(source)
-        return count
-    if flow.judged:
-        first = _deliver_judged(worker, flow, burst, first)
-    else:
-        first = _deliver(worker, flow, burst, first)
-    if first < <int>burst.count:
-        count -= burst.count - first
-        flow.held_at = first
-        flow.waiting = True
-    else:
-        flow.held_at = -1
-    target.flush(target)
-    if source != target:
-        source.flush(source)
-    return count
-
-
-cdef inline void _account(flow_t* flow, int moved, uint64_t cycles) noexcept nogil:
-    """Note on both ends what a round of a flow moved and cost."""
-    counters_round(flow.source.pulled, <uint32_t>moved, cycles)
-    if flow.target != NULL:
-        counters_round(flow.target.pushed, <uint32_t>moved, cycles)
 
 
 # ---- the loop ----
@@ -257,12 +68,12 @@ cdef void _loop(worker_t* worker, mailbox_t* mailbox) noexcept nogil:
         plan = worker.plan
         work = 0
         for i in range(plan.flow_count):
-            moved = _run_flow(worker, &plan.flows[i], last)
+            moved = flow_round(&worker.scratch, &plan.flows[i], last)
             if moved == 0:
                 continue
             work += moved
             now = vq_cycles()
-            _account(&plan.flows[i], moved, now - last)
+            flow_account(&plan.flows[i], moved, now - last)
             worker.busy_cycles += now - last
             last = now
         mailbox.rounds += 1
@@ -334,128 +145,6 @@ cdef void _stop(void* target, void* argument) noexcept nogil:
     (<worker_t*>target).stopping = True
 
 
-cdef class Plan:
-    """All flows of one worker, immutable.
-
-    Parameters
-    ----------
-    flows : sequence of (source, source_index, target, target_index[, program, number])
-        `source` is a Port; `target` a Port, or a SwitchLane and then `target_index` is the index of the source's
-        port in the switch. Indices are endpoints (queue pairs). `program` is a Program or None, `number` that of the
-        source among the ports of the group, 0 or 1, by which a program names ports.
-    sub_burst : int
-        Packets published at once where both ends are rings of guests, 1 to 32. Less than 32 end early once they
-        have sub_burst * 704 bytes together.
-
-    Raises
-    ------
-    ValueError
-        `sub_burst` is out of range.
-    """
-
-    def __cinit__(self, flows=(), *, int sub_burst=SUB_BURST):
-        cdef int i = 0
-        cdef flow_t* flow
-        cdef Port source, target
-        cdef SwitchLane lane
-        cdef Program program
-        if not 1 <= sub_burst <= BURST_MAX:
-            raise ValueError(f"sub_burst {sub_burst} is not from 1 to {BURST_MAX} packets")
-        lanes = set()
-        flows = list(flows)
-        self.keep = []
-        self._owned = {}
-        self.plan.flows = <flow_t*>calloc(len(flows) + 1, sizeof(flow_t))
-        if self.plan.flows == NULL:
-            raise MemoryError("plan")
-        for source, source_index, target_object, target_index, *more in flows:
-            flow = &self.plan.flows[i]
-            flow.source = self._endpoint(source, source_index)
-            flow.held_at = -1
-            flow.step = BURST_MAX
-            if isinstance(target_object, SwitchLane):
-                lane = target_object
-                flow.via = &lane.switch.table
-                flow.lane = &lane.lane
-                flow.source_port = target_index
-                if lane not in lanes:            # most flows share one lane, which may have hundreds of members
-                    lanes.add(lane)
-                    self.keep.append(lane)
-                    for member in lane.members:
-                        if member is not None:
-                            self._own(member[0], member[1])
-            else:
-                target = target_object
-                flow.target = self._endpoint(target, target_index)
-                self._own(target, target_index)
-                if not flow.source.holds and not flow.target.holds:
-                    flow.step = sub_burst
-                    flow.patient = True
-                    flow.need = 1
-                if flow.source.holds:
-                    flow.held = <burst_t*>calloc(1, sizeof(burst_t))
-                    if flow.held == NULL:
-                        raise MemoryError("plan")
-            self._own(source, source_index)
-            if more and more[0] is not None:
-                program = (<Program?>more[0]).bound()
-                self.keep.append(program)
-                flow.program = &program.program
-                if flow.target != NULL:
-                    flow.ways[1 if more[1] else 0] = flow.source
-                    flow.ways[0 if more[1] else 1] = flow.target if flow.target != flow.source else NULL
-            i += 1
-            self.plan.flow_count = i
-        self.plan.endpoints = <endpoint_t**>calloc(len(self._owned) + 1, sizeof(endpoint_t*))
-        if self.plan.endpoints == NULL:
-            raise MemoryError("plan")
-        for source, source_index in self._owned.values():
-            self.plan.endpoints[self.plan.endpoint_count] = self._endpoint(source, source_index)
-            self.plan.endpoint_count += 1
-
-    @property
-    def owned(self):
-        """list of (Port, int): each endpoint of the plan, once."""
-        return list(self._owned.values())
-
-    cdef endpoint_t* _endpoint(self, Port port, int index) except NULL:
-        if not 0 <= index < port.endpoint_count:
-            raise IndexError(f"{port.name}: endpoint {index} of {port.endpoint_count}")
-        return port.endpoints[index]
-
-    cdef int _own(self, Port port, int index) except -1:
-        self._owned[<uintptr_t>self._endpoint(port, index)] = (port, index)
-        return 0
-
-    cdef bint _holds(self) noexcept:
-        cdef int i
-        for i in range(self.plan.flow_count):
-            if self.plan.flows[i].held != NULL:
-                return True
-        return False
-
-    cdef int _find_heirs(self, Plan old, int* heirs) except -1:
-        """Which flow of this plan is the same as each of the old one; -1: none."""
-        cdef int i
-        cdef flow_t* flow
-        flows = {}
-        for i in range(self.plan.flow_count):
-            flow = &self.plan.flows[i]
-            flows[<uintptr_t>flow.source, <uintptr_t>flow.target] = i
-        for i in range(old.plan.flow_count):
-            flow = &old.plan.flows[i]
-            heirs[i] = flows.get((<uintptr_t>flow.source, <uintptr_t>flow.target), -1)
-        return 0
-
-    def __dealloc__(self):
-        cdef int i
-        if self.plan.flows != NULL:
-            for i in range(self.plan.flow_count):
-                free(self.plan.flows[i].held)
-        free(self.plan.flows)
-        free(self.plan.endpoints)
-
-
 cdef endpoint_t** _endpoints(list owned, int* count) except NULL:
     """An array of endpoints, to be freed by the caller."""
     cdef endpoint_t** found = <endpoint_t**>calloc(len(owned) + 1, sizeof(endpoint_t*))
@@ -494,7 +183,7 @@ cdef class Worker:
         self._plan = Plan()
         self._offload = Offload()
         self.worker.plan = &self._plan.plan
-        self.worker.offload = &self._offload.work
+        self.worker.scratch.offload = &self._offload.work
         self.worker.busy = poll == "busy"
         self.worker.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         if self.worker.epoll_fd < 0 or epoll_move(-1, self.worker.epoll_fd, self.mailbox.box.event_fd, EPOLLIN):

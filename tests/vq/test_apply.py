@@ -16,8 +16,9 @@ from vq.devices.net import FEATURES, NetDevice
 from vq.errors import FrontendError
 from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory
+from vq_core.plan import Plan
 from vq_core.ports.null import NullPort
-from vq_core.worker import Plan, Worker
+from vq_core.worker import Worker
 from waiting import wait_for
 
 VERSION_1 = v.mask(v.VIRTIO_F_VERSION_1)

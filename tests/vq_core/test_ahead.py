@@ -14,10 +14,11 @@ from engine_rig import MRG_RXBUF, PACKED, VERSION_1, asleep, every_layout, runni
 from vq_core.guest_memory import GuestMemory
 from vq_core.iotlb import Iotlb
 from vq_core.memory import MemoryMap
+from vq_core.plan import Plan
 from vq_core.ports.gen import GenPort
 from vq_core.ports.vhost import VhostPort
 from vq_core.queue import wake
-from vq_core.worker import Plan, Worker
+from vq_core.worker import Worker
 from waiting import wait_for
 
 ACCESS_PLATFORM = 1 << 33

@@ -19,7 +19,8 @@ from dirty_rig import LogFile, Mirror, log_queue
 from engine_rig import EVENT_IDX, INDIRECT, MRG_RXBUF, PACKED, PAGE, VERSION_1, Guest, pattern, running
 from vq_core.disk import Disk
 from vq_core.guest_memory import GuestMemory
-from vq_core.worker import Plan, Worker
+from vq_core.plan import Plan
+from vq_core.worker import Worker
 from waiting import wait_for
 
 FIRST = 0x10_0000

@@ -11,9 +11,10 @@ from scapy.layers.l2 import Ether
 
 from engine_rig import VERSION_1, Guest, pattern, running
 from vq_core.offload import Offload
+from vq_core.plan import Plan
 from vq_core.ports.gen import GenPort, frame
 from vq_core.ports.null import NullPort
-from vq_core.worker import Plan, Worker
+from vq_core.worker import Worker
 from waiting import wait_for
 
 

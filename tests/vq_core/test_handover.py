@@ -11,7 +11,8 @@ import pytest
 from engine_rig import VERSION_1, Guest, running
 from vq_core.handover import StuckWorkerError
 from vq_core.memory import MemoryMap
-from vq_core.worker import Plan, Worker
+from vq_core.plan import Plan
+from vq_core.worker import Worker
 from waiting import wait_for
 
 

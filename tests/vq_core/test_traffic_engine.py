@@ -13,9 +13,10 @@ from engine_rig import running
 from vq_core.driver import DriverQueue
 from vq_core.guest_memory import GuestMemory
 from vq_core.memory import MemoryMap
+from vq_core.plan import Plan
 from vq_core.ports.vhost import VhostPort
 from vq_core.traffic import Exchange, traffic_memory_bytes
-from vq_core.worker import Plan, Worker
+from vq_core.worker import Worker
 
 INDIRECT, MRG_RXBUF = 1 << 28, 1 << 15
 SIZES = (64, 1514, 600, 67)

@@ -28,11 +28,12 @@ from engine_rig import (
     signals,
 )
 from vq_core.guest_memory import GuestMemory
+from vq_core.plan import Plan
 from vq_core.ports.gen import GenPort, frame
 from vq_core.ports.null import NullPort
 from vq_core.queue import wake
 from vq_core.traffic import Exchange, traffic_memory_bytes
-from vq_core.worker import Plan, Worker
+from vq_core.worker import Worker
 from waiting import wait_for
 
 CLEAN = {"lost": 0, "duplicated": 0, "reordered": 0, "changed": 0}
