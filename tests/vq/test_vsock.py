@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +19,7 @@ from vhost_rig import open_fds
 from vq.devices.vsock import ANSWERS_MAX, BUFFER, STREAMS_MAX, VsockDevice
 from vq.devices.vsock_stream import HEADER, HOST, NO_RECEIVE, NO_SEND, Op, Packet
 from vq.testing import Guest, serving
+from vq_core.timer import Timer
 from waiting import wait_for
 
 CID, PORT, MINE = 7, 1234, 50_000
@@ -322,6 +325,41 @@ def test_streams_are_so_many_and_end_with_the_connection(tmp_path: Path) -> None
     peer.close()
     gc.collect()
     assert open_fds() == before
+
+
+class Noting:
+    """A timer that notes when it is set."""
+
+    def __init__(self, timer: Timer, times: list[float]) -> None:
+        self._timer, self._times = timer, times
+        self.fileno, self.clear, self.close = timer.fileno, timer.clear, timer.close
+
+    def set(self, seconds: float) -> None:
+        self._times.append(seconds)
+        self._timer.set(seconds)
+
+
+def test_callers_wait_while_there_are_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    peer = Peer(tmp_path)
+    timer = peer.device._pause
+    monkeypatch.setattr(peer.device, "_pause", Noting(timer, pauses))
+    gc.collect()
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.settimeout(60)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        last = os.dup(0)
+        os.close(last)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last, hard))  # every file up to here is open
+        try:
+            caller.connect(peer.path)
+            wait_for(lambda: pauses)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        caller.sendall(b"CONNECT 5\n")
+        assert peer.heard() == [(Op.REQUEST, b"")]
+        assert len(pauses) < 600  # ten a second
+    peer.close()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -25,6 +25,7 @@ from vq.errors import ResourceError
 from vq.virtio import DeviceId
 from vq_core.device_chain import DeviceChain
 from vq_core.device_queue import DeviceQueue
+from vq_core.timer import Timer
 
 __all__ = ["VsockDevice"]
 
@@ -33,6 +34,7 @@ BUFFER: Final = 256 << 10  # bytes of a guest that wait for the host's program, 
 STREAMS_MAX: Final = 1024
 ANSWERS_MAX: Final = 256  # packets without data that wait for a buffer of the guest
 DATA_MAX: Final = 64 << 10  # bytes of one packet
+PAUSE_S: Final = 0.1
 WORDS_MAX: Final = 32  # bytes of "CONNECT P"
 
 
@@ -81,6 +83,8 @@ class VsockDevice(Device):
         self._listening = self._listener.fileno()
         self._events = select.epoll()
         self._events.register(self._listening, select.EPOLLIN)
+        self._pause = Timer()  # until the next accept after one that failed
+        self._events.register(self._pause.fileno(), select.EPOLLIN)
         self.watch(self._events.fileno(), self._look)
 
     # -- from the guest --
@@ -264,6 +268,9 @@ class VsockDevice(Device):
             stream = self._by_fd.get(fd)
             if fd == self._listening:
                 self._accept()
+            elif fd == self._pause.fileno():
+                self._pause.clear()
+                self._events.modify(self._listening, select.EPOLLIN)
             elif fd in self._callers:
                 self._listen_to(fd)
             elif stream is not None:
@@ -274,8 +281,9 @@ class VsockDevice(Device):
         while self._listener is not None:
             try:
                 sock = self._listener.accept_socket()
-            except ResourceError:  # too many files are open: again when a stream has ended
+            except ResourceError:  # too many files are open
                 self._events.modify(self._listening, 0)
+                self._pause.set(PAUSE_S)
                 return
             if sock is None:
                 return
@@ -350,7 +358,6 @@ class VsockDevice(Device):
         self._by_fd.pop(fd, None)
         self._ready.pop(stream, None)
         stream.sock.close()  # which takes it from the epoll too
-        self._events.modify(self._listening, select.EPOLLIN)
 
     def on_stop(self, queue: DeviceQueue) -> None:
         if queue.index == RECEIVEQ:
@@ -371,5 +378,6 @@ class VsockDevice(Device):
             sock.close()
         self._callers.clear()
         self._events.close()
+        self._pause.close()
         self._listener.close()
         self._listener = None
