@@ -54,6 +54,13 @@ class ChainReader(_ChainFile):
         return True
 
     def readinto(self, buffer: Buffer) -> int:
+        """Copy bytes from the place on; how many, 0 at the end.
+
+        Raises
+        ------
+        ValueError
+            The chain is completed.
+        """
         target = memoryview(buffer).cast("B")
         data = self._chain.read_at(self._place, len(target))
         target[: len(data)] = data
@@ -82,6 +89,15 @@ class ChainWriter(_ChainFile):
         return True
 
     def write(self, data: Buffer) -> int:
+        """Write bytes from the place on; how many there was room for.
+
+        Raises
+        ------
+        OSError
+            ENOSPC: there is no more room.
+        ValueError
+            The chain is completed.
+        """
         source = memoryview(data).cast("B")
         part = source[: max(0, self._length - self._place)]
         if not len(part):

@@ -60,6 +60,9 @@ class Device(HostedDevice):
 
     Notes
     -----
+    To be overridden: `handle`, the hooks whose names begin with ``on_``, and both of `save_state` and `load_state` if
+    the state is to move. To be called: `call`, `watch`, `unwatch`, `close`, and what `channel` has for requests to the
+    front-end. All other methods are called by the back-end.
     `__init__` of a subclass need not call this one's.
     Threading: all hooks are called by the control thread, one at a time, and must not wait. Chains may be completed,
     fields of `config` assigned, and `call` be called from any thread.
@@ -154,12 +157,36 @@ class Device(HostedDevice):
     # -- for their users --
 
     def call(self, action: Callable[[], object]) -> None:
-        """Have this called in the control thread soon; from any thread."""
+        """Have something done in the control thread soon; from any thread.
+
+        Parameters
+        ----------
+        action : callable
+            Called without arguments, once. What it raises is logged, and goes to `on_error`.
+        """
         self._calls.append(action)
         self._waker.wake()
 
     def watch(self, fd: int, ready: Callable[[], object], *, writing: bool = False) -> None:
-        """Call `ready` in the control thread whenever a descriptor is readable (or writable), until `unwatch`."""
+        """Call `ready` in the control thread whenever a descriptor is readable (or writable), until `unwatch`.
+
+        Parameters
+        ----------
+        fd : int
+            Level-triggered; it stays the caller's, who unwatches it before it is closed.
+        ready : callable
+            Called without arguments. If it raises, which is logged and goes to `on_error`, the descriptor is not
+            watched any more.
+        writing : bool
+            Wait for room to write instead.
+
+        Raises
+        ------
+        FileExistsError
+            It is watched already.
+        PermissionError
+            Of this kind of file nothing can be waited for.
+        """
         self._epoll.register(fd, select.EPOLLOUT if writing else select.EPOLLIN)
         self._watched[fd] = ready
 

@@ -96,7 +96,13 @@ cdef class DeviceChain(Taken):
         return data
 
     def read_at(self, uint64_t offset, Py_ssize_t size=-1):
-        """Copy bytes that the driver has sent from `offset`; the place of `read` stays."""
+        """Copy bytes that the driver has sent from `offset`, at most `size` of them; the place of `read` stays.
+
+        Raises
+        ------
+        ValueError
+            The chain is completed.
+        """
         cdef uint64_t left
         self._check()
         left = self._span.readable_bytes - offset if offset < self._span.readable_bytes else 0
@@ -128,7 +134,18 @@ cdef class DeviceChain(Taken):
         return written
 
     def write_at(self, uint64_t offset, data):
-        """Write bytes of the answer at `offset`; the place of `write` stays."""
+        """Write bytes of the answer at `offset`; the place of `write` stays.
+
+        Returns
+        -------
+        int
+            Bytes written: all of them.
+
+        Raises
+        ------
+        ValueError
+            There is less room, and nothing was written; or the chain is completed.
+        """
         cdef uint64_t length, room = self._span.writable_bytes
         cdef Py_buffer buffer
         self._check()
@@ -199,7 +216,17 @@ cdef class DeviceChain(Taken):
         ring_give_back(&queue.ring, queue.ring.is_packed, self._span.id, <uint32_t>self._length, self._span.slots)
 
     def refuse(self):
-        """Break the queue: the chain has no form that could be answered. In the thread that serves the queue."""
+        """Break the queue: the chain has no form that could be answered. The front-end is told, and can start it anew.
+
+        Raises
+        ------
+        ValueError
+            The chain is completed.
+
+        Notes
+        -----
+        Threading: the thread that serves the queue.
+        """
         self._check()
         self._over = True
         if self._queue._lives(self):
