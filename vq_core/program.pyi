@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from numpy import uint16
+from numpy import dtype, uint16
 from numpy.typing import NDArray
 
 from vq_core.packet_arrays import PacketArrays
@@ -11,6 +11,7 @@ PASS: int
 REFLECT: int
 DROP: int
 SIGNATURE: str
+UINT16: dtype[uint16]
 
 class Program:
     name: str

@@ -1,6 +1,6 @@
 """Programs of several kinds, and what one in Python sees of a burst."""
 from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetName, PyCapsule_GetPointer
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 from vq_core.packet_arrays cimport PacketArrays
 from vq_core.port cimport BURST_MAX, packet_t
@@ -26,6 +26,8 @@ DROP = VERDICT_DROP
 
 # What Cython calls the type of a function that fulfils the contract, in a capsule of `__pyx_capi__`.
 SIGNATURE = "uint32_t (void *, struct __pyx_t_7vq_core_4port_packet_t const *, uint16_t *, uint32_t)"
+
+UINT16 = np.dtype(np.uint16)
 
 _logger = logging.getLogger("vq.program")
 
@@ -139,6 +141,28 @@ cdef class Burst(PacketArrays):
         return self._verdicts if self.count == BURST_MAX else self._verdicts[:self.count]
 
 
+cdef int _read_verdicts(answer, uint16_t* verdicts, uint32_t count) except -1:
+    """Take over what a program returned: whole numbers that fit, as many as packets, or it means nothing."""
+    cdef const uint16_t[::1] row
+    cdef const int64_t[::1] wide
+    cdef uint32_t i
+    found = np.asarray(answer)
+    if len(found) != <Py_ssize_t>count:
+        raise ValueError(f"{len(found)} verdicts for {count} packets")
+    if found.dtype is UINT16:
+        row = np.ascontiguousarray(found)
+        memcpy(verdicts, &row[0], 2 * count)
+        return 0
+    if found.dtype.kind not in "iu":
+        raise ValueError(f"verdicts are an array of {found.dtype}; they must be whole numbers")
+    wide = np.ascontiguousarray(found, np.int64)
+    for i in range(count):
+        if not 0 <= wide[i] <= VERDICT_DROP:
+            raise ValueError(f"verdict {wide[i]} of packet {i}; 0 to {VERDICT_DROP} are possible")
+        verdicts[i] = <uint16_t>wide[i]
+    return 0
+
+
 cdef uint32_t _run_python(void* state, const packet_t* packets, uint16_t* verdicts, uint32_t count) noexcept with gil:
     try:
         return (<PythonProgram>state)._call(packets, verdicts, count)
@@ -182,7 +206,6 @@ cdef class PythonProgram(Program):
 
     cdef uint32_t _call(self, const packet_t* packets, uint16_t* verdicts, uint32_t count) except? 0xffffffff:
         cdef Burst burst = self._burst
-        cdef uint16_t[::1] row
         cdef uint32_t i
         if self._origin.error is None:
             for i in range(count):
@@ -193,10 +216,7 @@ cdef class PythonProgram(Program):
                 answer = self._function(burst)
                 if answer is None:
                     return 0
-                row = np.ascontiguousarray(answer, np.uint16)
-                if row.shape[0] != <Py_ssize_t>count:
-                    raise ValueError(f"{row.shape[0]} verdicts for {count} packets")
-                memcpy(verdicts, &row[0], 2 * count)
+                _read_verdicts(answer, verdicts, count)
                 memset(&burst._verdict_row[0], 0, 2 * BURST_MAX)
                 return count
             except BaseException as error:

@@ -186,9 +186,22 @@ def test_a_program_that_raises_drops_everything(caplog: pytest.LogCaptureFixture
             use()
 
 
-@pytest.mark.parametrize("answer", [np.zeros(3), "text", 5, np.zeros((2, 2))])
-def test_verdicts_without_form_drop_everything(answer: Any) -> None:
-    program = vq.PythonProgram(lambda burst: answer)
+WRONG: list[Callable[[int], Any]] = [
+    lambda count: np.zeros(3, int),
+    lambda count: "text",
+    lambda count: 5,
+    lambda count: np.zeros((count, 2), int),
+    lambda count: np.zeros(count),
+    lambda count: np.zeros(count, bool),
+    lambda count: np.full(count, 65536),  # whose low bits would let them pass
+    lambda count: [-1] * count,
+    lambda count: (verdict for verdict in [0] * count),
+]
+
+
+@pytest.mark.parametrize("answer", WRONG)
+def test_verdicts_without_form_drop_everything(answer: Callable[[int], Any]) -> None:
+    program = vq.PythonProgram(lambda burst: answer(burst.count))
     found = run(["gen:count=40,size=64", "null:"], program)
     assert found["gen"]["from_gen"]["dropped"] == {"program": 40}
     assert program.error is not None
