@@ -13,6 +13,7 @@ from vq.backend import Backend
 from vq.closing import Closing
 from vq.errors import UsageError
 from vq.hosted_device import HostedDevice
+from vq.stopping import Stop
 from vq.waker import Waker
 
 __all__ = ["Server", "serve"]
@@ -165,14 +166,13 @@ def serve(
     -----
     Signals are handled in the main thread only, and as before when it returns; elsewhere use `vq.Server`.
     """
-    with Server(device, path=socket_path, client=client, fd=fd, mode=mode) as server:
-        main = threading.current_thread() is threading.main_thread()
-        before = {
-            number: signal.signal(number, lambda *_: server.request_stop())
-            for number in ((signal.SIGINT, signal.SIGTERM) if main else ())
-        }
-        try:
+    stop = Stop()
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in ((signal.SIGINT, signal.SIGTERM) if main else ())}
+    try:
+        with Server(device, path=socket_path, client=client, fd=fd, mode=mode) as server:
+            stop.attach(server)
             server.run(duration)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

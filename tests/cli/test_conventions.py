@@ -114,6 +114,35 @@ def test_it_stays_in_the_foreground(command: list[str], tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    "serving",
+    [
+        "from vq.cli import main_blk; sys.argv[1:] = ['--null=1M', '--socket-path=a.sock']; sys.exit(main_blk())",
+        "import vq; vq.serve(BlkDevice(Disk(None, False, size=1 << 20), queues=1), socket_path='a.sock')",
+    ],
+    ids=["vq-blk", "vq.serve"],
+)
+def test_it_ends_in_order_as_soon_as_it_can_be_seen(serving: str, tmp_path: Path) -> None:
+    """A signal that comes with the socket: before anything of the loop that serves it has begun."""
+    code = f"""
+import os, signal, sys
+from vq.backend import Backend
+from vq.devices.blk import BlkDevice
+from vq_core.disk import Disk
+
+def listen(self, *words, **more):
+    make(self, *words, **more)
+    assert os.path.exists("a.sock")
+    signal.raise_signal(signal.SIGTERM)
+
+make, Backend.__init__ = Backend.__init__, listen
+{serving}
+"""
+    with running([sys.executable, "-c", code], cwd=tmp_path) as child:
+        ends(child)
+    assert not (tmp_path / "a.sock").exists()
+
+
 def test_a_disk_on_a_connected_socket_is_served_until_its_end() -> None:
     ours, theirs = socket.socketpair()
     with running([*NULL_DISK, f"--fd={theirs.fileno()}"], pass_fds=[theirs.fileno()]) as child:

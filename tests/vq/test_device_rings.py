@@ -84,6 +84,7 @@ def shown(ring: list[tuple[int, int, int, int]], byte: Callable[[int], int | Non
     return bytes(data), room
 
 
+@pytest.mark.checklist(27, 28, 29, 32)
 @pytest.mark.parametrize("by_burst", [False, True], ids=["chains", "bursts"])
 @given(
     ring=st.lists(rows, min_size=NUM, max_size=NUM),
@@ -94,6 +95,7 @@ def shown(ring: list[tuple[int, int, int, int]], byte: Callable[[int], int | Non
 def test_random_rings(
     vq_guest: Connect, by_burst: bool, ring: list[Any], indirect: list[Any], heads: list[int]
 ) -> None:
+    """Lines 27, 28, 29, 32: a device in Python sees what a walk in plain Python sees, or the queue is broken."""
     device = Looker(by_burst)
     with vq_guest(device, size=NUM, memory_bytes=MEMORY) as guest:
         base, size, *_, fd = guest.memory.regions[0]

@@ -20,6 +20,7 @@ from vq.cli.signals import Ending, ending_signals, handling
 from vq.errors import ResourceError, UsageError
 from vq.inherited import find_fd
 from vq.stats import encode
+from vq.stopping import Stop
 
 if TYPE_CHECKING:
     from vq.server import Server
@@ -110,17 +111,19 @@ def blk(
     except BaseException:
         disk.close()
         raise
-    ending = Ending()
-    with Server(device, path=socket_path, fd=inherited) as server:
+    ending, stop = Ending(), Stop()
 
-        def end(number: int, frame: FrameType | None) -> None:
-            ending(number, frame)
-            server.request_stop()
+    def end(number: int, frame: FrameType | None) -> None:
+        ending(number, frame)
+        stop(number, frame)
+
+    with ending_signals(end), Server(device, path=socket_path, fd=inherited) as server:
+        stop.attach(server)
 
         def look_again(number: int, frame: FrameType | None) -> None:
             server.call(device.resize)
 
-        with ending_signals(end), handling(signal.SIGHUP, look_again):
+        with handling(signal.SIGHUP, look_again):
             if not json:
                 with check_output():
                     where = f"listens on {socket_path}" if socket_path is not None else f"uses the socket {fd}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -18,10 +17,8 @@ from vq.cli.service import Service, guests
 from vq.cli.signals import ending_signals
 from vq.groups import parse_groups
 from vq.port_kinds import KINDS
+from vq.stopping import Stop
 from vq.sub_burst import SUB_BURST, check_sub_burst
-
-if TYPE_CHECKING:
-    from vq.pump import Pump
 
 __all__ = ["epilogue", "pump"]
 
@@ -92,7 +89,7 @@ def pump(
     from vq.pump import Pump
 
     between = None if program is None else load_program(program)
-    stop = _Stop()
+    stop = Stop()
     with ending_signals(stop), Pump(groups, cpus=cpus, poll=poll, sub_burst=sub_burst, program=between) as running:
         stop.attach(running)
         if not json:
@@ -110,21 +107,3 @@ def pump(
             service.stopping()
             report.final(final)
     return 0
-
-
-class _Stop:
-    """Turns a signal into the end of a pump, also one that came before the pump was there."""
-
-    def __init__(self) -> None:
-        self._pump: Pump | None = None
-        self._asked = False
-
-    def attach(self, pump: Pump) -> None:
-        self._pump = pump
-        if self._asked:
-            pump.request_stop()
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        if self._pump is not None:
-            self._pump.request_stop()
