@@ -71,6 +71,8 @@ cdef inline int flow_round(flow_scratch_t* scratch, flow_t* flow, uint64_t now) 
         return count
     if flow.judged:
         first = judged_deliver(scratch, flow, burst, first)
+        # Verdicts are of one burst: the heir of this flow may have no program that would make new ones.
+        flow.judged = first < <int>burst.count
     else:
         first = flow_deliver(scratch, flow, burst, first)
     if first < <int>burst.count:

@@ -13,7 +13,7 @@ cdef bint judged_ask(flow_t* flow, burst_t* burst) noexcept nogil:
     return flow.program.run(flow.program.state, burst.packets, flow.verdicts, burst.count) != 0
 
 
-cdef endpoint_t* judged_way(flow_t* flow, uint16_t verdict) noexcept nogil:
+cdef inline endpoint_t* judged_way(flow_t* flow, uint16_t verdict) noexcept nogil:
     """Where a verdict sends a packet; NULL: nowhere. Whatever the program wrote, it is one of our endpoints."""
     if verdict == VERDICT_PASS:
         return flow.target
@@ -24,7 +24,7 @@ cdef endpoint_t* judged_way(flow_t* flow, uint16_t verdict) noexcept nogil:
     return flow.ways[verdict - 1] if verdict <= 2 else NULL
 
 
-cdef int judged_send(flow_scratch_t* scratch, flow_t* flow, burst_t* burst, int first, int size) noexcept nogil:
+cdef inline int judged_send(flow_scratch_t* scratch, flow_t* flow, burst_t* burst, int first, int size) noexcept nogil:
     """Send packets of one verdict on their way, or drop them: how many are dealt with; fewer than `size`: no room."""
     cdef endpoint_t* way = judged_way(flow, flow.verdicts[first])
     cdef int done
@@ -57,14 +57,18 @@ cdef int judged_deliver(flow_scratch_t* scratch, flow_t* flow, burst_t* burst, i
 
 cdef void judged_forward(flow_scratch_t* scratch, flow_t* flow, burst_t* burst) noexcept nogil:
     cdef burst_t* passed = &scratch.passed
-    cdef int i
+    cdef int first = 0, end, count = burst.count
     passed.count = passed.wants = 0
-    for i in range(<int>burst.count):
-        if flow.verdicts[i] == VERDICT_PASS:
-            memcpy(&passed.packets[passed.count], &burst.packets[i], sizeof(packet_t))
+    while first < count:
+        end = first + 1
+        if flow.verdicts[first] == VERDICT_PASS:
+            memcpy(&passed.packets[passed.count], &burst.packets[first], sizeof(packet_t))
             passed.count += 1
-            passed.wants |= burst.packets[i].wants
+            passed.wants |= burst.packets[first].wants
         else:
-            judged_send(scratch, flow, burst, i, 1)
+            while end < count and flow.verdicts[end] == flow.verdicts[first]:
+                end += 1
+            judged_send(scratch, flow, burst, first, end - first)
+        first = end
     if passed.count:
         switch_forward(flow.via, flow.lane, passed, flow.source_port, scratch.offload, switch_now_s())

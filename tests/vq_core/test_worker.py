@@ -31,6 +31,7 @@ from vq_core.guest_memory import GuestMemory
 from vq_core.plan import Plan
 from vq_core.ports.gen import GenPort, frame
 from vq_core.ports.null import NullPort
+from vq_core.program import DROP, Burst, PythonProgram
 from vq_core.queue import wake
 from vq_core.traffic import Exchange, traffic_memory_bytes
 from vq_core.worker import Worker
@@ -323,6 +324,30 @@ def test_what_a_source_holds_is_counted_when_its_flow_ends() -> None:
         assert guest.to_guest == {"packets": 1, "bytes": 3000, "dropped": {}}
         worker.set_plan(Plan())
         assert guest.to_guest["dropped"] == {"no_descriptors": 7}
+
+
+def test_verdicts_go_no_further_than_their_burst() -> None:
+    """What waits when a flow loses its program keeps its verdicts; what is pulled afterwards has none."""
+
+    def drop_the_last(burst: Burst) -> Any:
+        return [0] * (burst.count - 1) + [DROP]
+
+    guest, source = Guest(VERSION_1 | MRG_RXBUF), GenPort("gen", 3000, 40)
+    guest.post(488, 8)
+    guest.receiveq.publish()
+    with running(Worker()) as (worker,):
+        worker.set_plan(Plan([(source, 0, guest.port, 0, PythonProgram(drop_the_last), 0)]))
+        asleep(worker)
+        assert (source.snapshot()["from_gen"]["packets"], guest.to_guest["packets"]) == (8, 1)
+        worker.set_plan(Plan([(source, 0, guest.port, 0)]))
+        while not (source.finished and guest.receiveq.free == 64):
+            guest.post(488, min(32, guest.receiveq.free))
+            guest.receiveq.kick()
+            asleep(worker)
+            if not guest.receiveq.poll():
+                break
+    assert source.snapshot()["from_gen"]["dropped"] == {"program": 1}
+    assert guest.to_guest == {"packets": 39, "bytes": 39 * 3000, "dropped": {}}
 
 
 def test_flows_move_between_workers_without_loss() -> None:
