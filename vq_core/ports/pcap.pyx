@@ -17,7 +17,7 @@ cdef extern from "<sys/mman.h>" nogil:
     void* c_mmap "mmap"(void* addr, size_t length, int prot, int flags, int fd, long offset) noexcept
     int c_munmap "munmap"(void* addr, size_t length) noexcept
     int c_madvise "madvise"(void* addr, size_t length, int advice) noexcept
-    int PROT_READ, MAP_SHARED, MADV_WILLNEED
+    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_NORESERVE, MADV_WILLNEED
     void* MAP_FAILED
 
 cdef enum:
@@ -170,7 +170,8 @@ cdef class PcapPort(Port):
             head = os.pread(fd, PCAP_HEADER_BYTES, 0)
             self.replay.swapped, self.replay.unit_ns = _read_header(self.path, head, status.st_size)
             self.replay.size = status.st_size
-            got = c_mmap(NULL, self.replay.size, PROT_READ, MAP_SHARED, fd, 0)
+            # Ours to write: a program may change the bytes of a packet, and the file must not see it.
+            got = c_mmap(NULL, self.replay.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, 0)
             if got == MAP_FAILED:
                 PyErr_SetFromErrnoWithFilename(OSError, os.fsencode(self.path))
         finally:
