@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from vq.errors import UsageError
-from vq_core.program import Burst, Program, PythonProgram
+from vq_core.program import Burst, Program, PythonProgram, bind
 
 __all__ = ["as_program", "load_program"]
 
@@ -22,10 +22,18 @@ def as_program(found: Program | Callable[[Burst], Any] | None, name: str = "") -
     Raises
     ------
     UsageError
-        It is neither a `vq.Program` nor a Python function.
+        It is neither a `vq.Program` with a function to call nor a Python function.
     """
-    if found is None or isinstance(found, Program):
+    if found is None:
+        return None
+    if isinstance(found, Program):
+        try:
+            bind(found)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         return found
+    if isinstance(found, type):
+        raise UsageError(f"program {name or found.__name__} is a class; give an object of it, or a function")
     if hasattr(found, "address") or not callable(found):
         what = f"program {name or found!r} is of type {type(found).__name__}"
         raise UsageError(f"{what}; wrap compiled code: vq.NativeProgram(function, abi=1), or give a Python function")

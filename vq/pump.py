@@ -79,6 +79,7 @@ class Pump:
         if poll not in ("adaptive", "busy"):
             raise UsageError(f"poll is {poll!r}; adaptive and busy are possible")
         check_sub_burst(sub_burst)
+        self.program = as_program(program)
         groups = parse_groups(ports)
         for cpu in cpus or ():
             if cpu not in os.sched_getaffinity(0):
@@ -102,7 +103,6 @@ class Pump:
         self._patches: list[list[OpenPort]] = []
         self.workers = [Worker(cpu, poll) for cpu in cpus] if cpus else [Worker(None, poll)]
         self._planner = Planner(self.workers, sub_burst)
-        self.program = as_program(program)
         try:
             for group in groups:
                 self._join(group)
@@ -151,9 +151,16 @@ class Pump:
         self.replan()
 
     def stop(self) -> None:
-        """Stop the workers, close all connections and ports; may be called twice."""
+        """Stop the workers, close all connections and ports; may be called twice.
+
+        Raises
+        ------
+        UsageError
+            A program of this pump calls it, which would wait for its own end: `request_stop` is for those.
+        """
         if self._closed:
             return
+        self._refuse_workers()
         self._closed = True
         self._planner.clear()
         for port in self.ports:
@@ -170,6 +177,10 @@ class Pump:
         self._epoll.close()
         self._waker.close()
         os.close(self._report_fd)
+
+    def _refuse_workers(self) -> None:
+        if threading.current_thread() in self._threads:
+            raise UsageError("a program cannot stop or run its own pump; call request_stop")
 
     def request_stop(self) -> None:
         """Make `run` return soon."""
@@ -216,6 +227,7 @@ class Pump:
         """
         if self._closed:
             raise UsageError("the pump was stopped; make a new one")
+        self._refuse_workers()
         # Said so that not-a-number, which is in no order with anything, is refused as well.
         if not (duration is None or duration >= 0) or not interval > 0:
             raise UsageError(f"duration {duration} and interval {interval} are seconds, and cannot be negative")

@@ -39,7 +39,9 @@ cdef inline void mailbox_poll(mailbox_t* mailbox) noexcept nogil:
 cdef class Mailbox:
     cdef mailbox_t box
     cdef object _lock
+    cdef unsigned long thread    # the worker's, while it runs; 0: it does not, or never calls Python
     cdef long patience_s         # a worker that has not passed a burst boundary by then is stuck
 
 # Run run(target, argument) at a burst boundary of the mailbox's worker and wait for it; None runs it here.
+# RuntimeError: the worker itself calls this, by a program, and would wait for its own end.
 cdef int handover_run(Mailbox mailbox, command_run_t run, void* target, void* argument) except -1

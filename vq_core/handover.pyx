@@ -1,4 +1,5 @@
 """Handing over by publication: the cold side."""
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport uint32_t
 from libc.string cimport memset
 from vq_core.arch cimport vq_exchange_u32, vq_fence, vq_load_acquire_u32, vq_pause, vq_store_release_u32
@@ -113,6 +114,9 @@ cdef int handover_run(Mailbox mailbox, command_run_t run, void* target, void* ar
         with nogil:
             run(target, argument)
         return 0
+    if mailbox.thread and mailbox.thread == <unsigned long>PyThread_get_thread_ident():
+        raise RuntimeError("a program cannot change what its own worker does: leave that to the thread that made the "
+                           "pump; to end it, call request_stop")
     box = &mailbox.box
     with mailbox._lock:
         box.run = run

@@ -3,7 +3,7 @@ from libc.stdint cimport uintptr_t
 from libc.stdlib cimport calloc, free
 from vq_core.flow cimport SUB_BURST, flow_t
 from vq_core.port cimport BURST_MAX, Port, burst_t, endpoint_t
-from vq_core.program cimport Program
+from vq_core.program cimport Program, bind
 from vq_core.switch cimport SwitchLane
 
 
@@ -23,7 +23,7 @@ cdef class Plan:
     Raises
     ------
     ValueError
-        `sub_burst` is out of range.
+        `sub_burst` is out of range, or a program has no function.
     """
 
     def __cinit__(self, flows=(), *, int sub_burst=SUB_BURST):
@@ -71,7 +71,7 @@ cdef class Plan:
                         raise MemoryError("plan")
             self._own(source, source_index)
             if more and more[0] is not None:
-                program = (<Program?>more[0]).bound()
+                program = bind(<Program?>more[0])
                 self.keep.append(program)
                 flow.program = &program.program
                 if flow.target != NULL:

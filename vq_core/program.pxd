@@ -31,6 +31,9 @@ cdef class Program:
 
     cpdef Program bound(self)
 
+# What one worker uses of a program; ValueError if that has no function to call.
+cpdef Program bind(Program program)
+
 cdef class NativeProgram(Program):
     cdef object _keep
 

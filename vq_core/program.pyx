@@ -46,6 +46,22 @@ cdef class Program:
         return self
 
 
+cpdef Program bind(Program program):
+    """What one worker uses of a program.
+
+    Raises
+    ------
+    ValueError
+        It has no function: nobody has filled `program`, or its `bound` gave nothing.
+    """
+    cdef Program bound = program.bound()
+    if bound is None or bound.program.run == NULL:
+        raise ValueError(f"program {program.name or type(program).__name__} has no function to call: a subclass of "
+                         "Program fills its field `program`, in Cython; for a function take vq.NativeProgram or "
+                         "vq.PythonProgram")
+    return bound
+
+
 cdef class NativeProgram(Program):
     """A compiled function of the contract in ``vq_core/include/vq_program.h``.
 
@@ -57,7 +73,7 @@ cdef class NativeProgram(Program):
     abi : int
         VQ_PROGRAM_ABI of the header that it was written by.
     state : int
-        Address that it gets as its first argument; 0 for NULL.
+        Address that it gets as its first argument; 0 for NULL. Keep what lies there for as long as the program.
     name : str
         For people.
 

@@ -1,5 +1,6 @@
 """The worker loop; the only place that gives up the GIL for long."""
 from cpython.exc cimport PyErr_SetFromErrno
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -212,12 +213,14 @@ cdef class Worker:
         """Move packets until `stop`; for a thread of its own, which is bound to `cpu`."""
         if self.cpu is not None:
             os.sched_setaffinity(0, {self.cpu})
+        self.mailbox.thread = PyThread_get_thread_ident()
         with nogil:
             vq_store_release_u32(&self.mailbox.box.running, 1)
             vq_fence()           # pairs with the fence in handover_run
             _loop(self.worker, &self.mailbox.box)
             # From here on posters drain the mailbox themselves.
             vq_store_release_u32(&self.mailbox.box.running, 0)
+        self.mailbox.thread = 0
 
     def stop(self):
         """End `run` at its next burst boundary."""
