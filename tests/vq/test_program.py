@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,17 @@ from typing import Any
 import cffi
 import numpy as np
 import pytest
+from scapy.layers.inet import IP, TCP
+from scapy.layers.l2 import Ether
 
 import vq
 import vq_core
-from pump_rig import Background, Guest, pumping
+from pump_rig import PACKED, USUAL, Background, Guest, port_counters, pumping, two_cpus
+from vq import virtio as v
 from vq.program import as_program, load_program
+from vq_core.plan import Plan
+from vq_core.ports.gen import GenPort
+from vq_core.ports.null import NullPort
 from vq_core.program import DROP, REFLECT
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -31,6 +38,11 @@ uint32_t anywhere(void *state, const vq_packet_t *packets, uint16_t *verdicts, u
     for (uint32_t i = 0; i < count; i++)
         verdicts[i] = (uint16_t)(*(uint32_t *)state = *(uint32_t *)state * 1664525 + 1013904223) | 4;
     return 1;
+}
+uint32_t paint(void *state, const vq_packet_t *packets, uint16_t *verdicts, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++)
+        packets[i].data[packets[i].head_bytes - 1] = 0x5a;
+    return 0;
 }
 """
 
@@ -102,6 +114,21 @@ def test_a_program_that_writes_anything_sends_nothing_astray(library: ctypes.CDL
     assert sum(taken) + dropped >= 20000
 
 
+def test_a_program_may_change_bytes_of_a_capture(library: ctypes.CDLL, tmp_path: Path) -> None:
+    """What is replayed is ours to write; the file does not see it. In a process of its own, which it must not end."""
+    before, after, module = tmp_path / "before.pcap", tmp_path / "after.pcap", tmp_path / "paint.py"
+    run(["gen:count=50,size=64", f"pcap:{before},write"], None)
+    original = before.read_bytes()
+    module.write_text(f"import ctypes, vq\npaint = vq.NativeProgram(ctypes.CDLL({library._name!r}).paint, abi=1)\n")
+    command = ["vq", "pump", f"pcap:{before}", f"pcap:{after},write", "--program", f"{module}:paint"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert before.read_bytes() == original
+    frames = after.read_bytes()[24:]
+    assert len(frames) == 50 * (16 + 64)
+    assert {frames[end] for end in range(16 + 63, len(frames), 16 + 64)} == {0x5A}
+
+
 def test_a_switch_has_the_last_word_on_what_passes() -> None:
     def third(burst: vq.Burst) -> Any:
         verdicts = burst.verdicts
@@ -119,14 +146,47 @@ def test_a_switch_has_the_last_word_on_what_passes() -> None:
 @pytest.mark.parametrize("layout", ["split", "packed"])
 def test_traffic_of_guests_through_a_program(tmp_path: Path, layout: str) -> None:
     """An echo whose program says so itself: everything comes back, and nothing twice."""
-    from pump_rig import PACKED, USUAL
-
     path = str(tmp_path / "a.sock")
     features = USUAL | (PACKED if layout == "packed" else 0)
     with pumping(f"vhost:{path}", program=verdict(REFLECT)), Guest(path, features) as guest:
         background = Background(guest.streams(), patience=30)
         background.goes_on(2000)
         background.finish()
+
+
+@pytest.mark.parametrize("layout", [0, PACKED], ids=["split", "packed"])
+def test_what_comes_back_needs_no_target(tmp_path: Path, layout: int) -> None:
+    """Each pair by its own rings, under two workers, while the guest it was going to comes, takes nothing, and dies."""
+    here, there = (f"{tmp_path}/{name}.sock" for name in "ab")
+    ports = f"vhost:{here},queues=2", f"vhost:{there},queues=2"
+    features = USUAL | layout
+    with pumping(*ports, cpus=two_cpus(), program=verdict(REFLECT)) as pump, Guest(here, features, pairs=2) as guest:
+        background = Background(guest.streams(), patience=30)
+        background.goes_on(200)
+        for _ in range(3):
+            with Guest(there, features, pairs=2):
+                background.goes_on(100)
+            background.goes_on(100)
+        background.finish()
+        assert port_counters(pump, 1)["to_guest"]["packets"] == 0
+
+
+def test_what_comes_back_is_cut_for_a_guest_that_takes_no_long_packets(tmp_path: Path) -> None:
+    payload = bytes(i * 7 & 255 for i in range(2500))
+    ends = IP(src="10.0.0.1", dst="10.0.0.2") / TCP(sport=1, dport=2, seq=1000, chksum=0)
+    packet = bytes(Ether(dst="02:00:00:00:00:02", src="02:00:00:00:00:01") / ends / payload)
+    header = struct.pack("<BBHHHH", 1, 1, 54, 1000, 34, 16) + bytes(2)
+    sends = USUAL | v.mask(v.VIRTIO_NET_F_CSUM, v.VIRTIO_NET_F_HOST_TSO4)
+    with (
+        pumping(f"vhost:{tmp_path}/a.sock", f"vhost:{tmp_path}/b.sock", program=verdict(REFLECT)),
+        Guest(f"{tmp_path}/a.sock", sends) as guest,
+    ):
+        guest.post(1514, 4)
+        guest.send(packet, header)
+        got = [guest.receive() for _ in range(3)]
+    assert [header for header, _ in got] == [bytes(10) + b"\1\0"] * 3
+    assert b"".join(segment[54:] for _, segment in got) == payload
+    assert [Ether(segment)[TCP].seq for _, segment in got] == [1000, 2000, 3000]
 
 
 def test_heads_are_what_was_sent() -> None:
@@ -205,6 +265,57 @@ def test_verdicts_without_form_drop_everything(answer: Callable[[int], Any]) -> 
     found = run(["gen:count=40,size=64", "null:"], program)
     assert found["gen"]["from_gen"]["dropped"] == {"program": 40}
     assert program.error is not None
+
+
+# -- misuse --
+
+
+class Empty(vq.Program):
+    """Somebody's subclass that forgot what it is for."""
+
+
+class Unbound(vq.Program):
+    def bound(self) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("program", [vq.Program(), Empty(), Unbound()])
+def test_a_program_without_a_function_is_refused(program: vq.Program) -> None:
+    with pytest.raises(ValueError, match="no function to call"):
+        Plan([(GenPort("gen"), 0, NullPort("null"), 0, program, 0)])
+    with pytest.raises(vq.UsageError, match="no function to call"):
+        vq.Pump(["gen:size=64", "null:"], program=program)
+
+
+def test_a_class_is_no_program() -> None:
+    with pytest.raises(vq.UsageError, match="give an object of it"):
+        as_program(Empty, "mine:Empty")
+
+
+def test_a_program_cannot_wait_for_its_own_worker() -> None:
+    """It is told so, and the pump can still be stopped by whom it belongs to."""
+
+    def ends(burst: vq.Burst) -> None:
+        pump.stop()
+
+    def takes_away(burst: vq.Burst) -> None:
+        pump.workers[0].set_plan(Plan())
+
+    for function, kind in ((ends, vq.UsageError), (takes_away, RuntimeError)):
+        program = vq.PythonProgram(function)
+        pump = vq.Pump(["gen:size=64,count=100", "null:"], program=program)  # known before the program is called
+        with pump:
+            found = pump.run(duration=60)["ports"]
+        assert isinstance(program.error, kind)
+        assert "request_stop" in str(program.error)
+        assert found["gen"]["from_gen"]["dropped"] == {"program": 100}
+        assert not any(thread.is_alive() for thread in pump._threads)
+
+
+def test_a_program_may_ask_its_pump_to_stop() -> None:
+    pump = vq.Pump(["gen:size=64", "null:"], program=lambda burst: pump.request_stop())
+    with pump:
+        assert pump.run(duration=60)["ports"]["null"]["to_null"]["packets"] > 0
 
 
 # -- finding them --
