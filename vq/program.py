@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from vq.errors import UsageError
-from vq_core.program import Burst, Program, PythonProgram, bind
+from vq_core.program import Burst, Program, PythonProgram, bind, is_compiled
 
 __all__ = ["as_program", "load_program"]
 
@@ -34,7 +34,7 @@ def as_program(found: Program | Callable[[Burst], Any] | None, name: str = "") -
         return found
     if isinstance(found, type):
         raise UsageError(f"program {name or found.__name__} is a class; give an object of it, or a function")
-    if hasattr(found, "address") or not callable(found):
+    if is_compiled(found) or not callable(found):
         what = f"program {name or found!r} is of type {type(found).__name__}"
         raise UsageError(f"{what}; wrap compiled code: vq.NativeProgram(function, abi=1), or give a Python function")
     return PythonProgram(found, name)

@@ -110,6 +110,11 @@ cdef class NativeProgram(Program):
         self._keep = function
 
 
+def is_compiled(function):
+    """Whether something is code that `NativeProgram` takes, though Python could call it too."""
+    return hasattr(function, "address") or isinstance(function, ctypes._CFuncPtr)
+
+
 cdef class Burst(PacketArrays):
     """What a program in Python sees: up to 32 packets, valid during its call."""
 

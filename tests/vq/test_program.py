@@ -358,6 +358,14 @@ def test_a_module_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
             load_program(words)
 
 
+def test_what_would_drop_everything_is_told_before(library: ctypes.CDLL) -> None:
+    """A function of C as it is, or a class, would raise with each burst."""
+    with pytest.raises(vq.UsageError, match=r"wrap compiled code: vq.NativeProgram"):
+        as_program(library.every_other)
+    with pytest.raises(vq.UsageError, match="NativeProgram is a class"):
+        as_program(vq.NativeProgram)  # type: ignore[arg-type]
+
+
 def test_another_abi_is_refused(library: ctypes.CDLL) -> None:
     with pytest.raises(ValueError, match="made for ABI 2, this is 1"):
         vq.NativeProgram(library.every_other, abi=2)
