@@ -19,7 +19,7 @@ from vq.backend_channel import BackendChannel
 from vq.closing import Closing
 from vq.endpoint import Connector, Listener, adopt, listen
 from vq.errors import ConnectionClosed, FrontendError, GuestError, PeerError, ResourceError, UsageError, VqError
-from vq.hosted_device import HostedDevice
+from vq.hosted_device import HostedDevice, check_hosted
 from vq.inband import Inband
 from vq.message import BackendRequest
 from vq.payload import Iotlb
@@ -75,8 +75,8 @@ class Backend(Closing):
     Raises
     ------
     UsageError
-        Not exactly one of `path` and `fd` is given, or `fd` is no Unix stream socket; or the device offers an IOMMU
-        that its queues would not heed.
+        `device` is no object of a device, not exactly one of `path` and `fd` is given, or `fd` is no Unix stream
+        socket; or the device offers an IOMMU that its queues would not heed.
     ResourceError
         The socket cannot be made: it is in use, there is no permission, the path is too long.
 
@@ -96,6 +96,7 @@ class Backend(Closing):
         mode: int | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
+        check_hosted(device)
         if (path is None) == (fd is None):
             raise UsageError("a back-end needs either a socket path or an inherited descriptor")
         if device.requests_fd is not None and v.has(device.offer.features, v.VIRTIO_F_ACCESS_PLATFORM):

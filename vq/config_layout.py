@@ -99,6 +99,8 @@ class ConfigLayout:
         for name, kind in get_type_hints(cls, include_extras=True).items():
             if name in ConfigLayout.__annotations__:
                 continue
+            if hasattr(ConfigLayout, name):
+                raise UsageError(f"{cls.__name__}.{name} hides what vq.ConfigLayout itself has; take another name")
             size, number = _size(cls, name, kind)
             value = getattr(cls, name, 0 if number else b"")
             default = value.default if isinstance(value, _Writable) else value

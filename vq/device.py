@@ -98,6 +98,8 @@ class Device(HostedDevice):
 
     def _set_up(self) -> None:
         names = _names(self.queues)
+        own = _features(self.features)
+        _check(self.max_bytes, self.Config)
         self.name = type(self).__name__.lower()
         self._closed = False
         self._throttle = Throttle()
@@ -120,7 +122,6 @@ class Device(HostedDevice):
             protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_CONFIG)
         if type(self).save_state is not HostedDevice.save_state:
             protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_DEVICE_STATE)
-        own = _features(self.features)
         rings = FEATURES if self.packed else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
         self.offer = Offer(rings | own, protocol, len(names), len(names), config_size=size)
 
@@ -285,16 +286,29 @@ class Device(HostedDevice):
 
 
 def _features(features: int | Iterable[int]) -> int:
-    if isinstance(features, int):
-        return features
     try:
-        return v.mask(*features)
+        mask = features if isinstance(features, int) else v.mask(*features)
     except (TypeError, ValueError):
-        raise UsageError(f"features is {features!r}; write a mask, or the numbers of bits") from None
+        mask = -1
+    if not 0 <= mask < 1 << 64:
+        raise UsageError(f"features is {features!r}; write a mask, or the numbers of bits, which are 0 to 63")
+    return mask
 
 
 def _names(queues: int | Sequence[str]) -> list[str]:
-    names = [f"queue{index}" for index in range(queues)] if isinstance(queues, int) else list(queues)
-    if not 1 <= len(names) <= QUEUES_MAX:
-        raise UsageError(f"a device has 1 to {QUEUES_MAX} queues, not {len(names)}")
-    return names
+    if isinstance(queues, int):
+        count, names = queues, []
+    elif isinstance(queues, list | tuple) and all(isinstance(name, str) for name in queues):
+        count, names = len(queues), list(queues)
+    else:  # one string as well, whose letters would be names
+        raise UsageError(f"queues is {queues!r}; write how many a device has, or a tuple of their names")
+    if not 1 <= count <= QUEUES_MAX:
+        raise UsageError(f"a device has 1 to {QUEUES_MAX} queues, not {count}")
+    return names or [f"queue{index}" for index in range(count)]
+
+
+def _check(max_bytes: Any, layout: Any) -> None:
+    if not (isinstance(max_bytes, int) and 1 <= max_bytes < 1 << 63):
+        raise UsageError(f"max_bytes is {max_bytes!r}; it must be a number of bytes from 1")
+    if layout is not None and not (isinstance(layout, type) and issubclass(layout, ConfigLayout)):
+        raise UsageError(f"Config is {layout!r}; it must be a class derived from vq.ConfigLayout")

@@ -119,3 +119,17 @@ class HostedDevice:
 
         Called when `requests_fd` is readable, and after messages, which may have started or enabled such a queue.
         """
+
+
+def check_hosted(device: object) -> None:
+    """Refuse what is no device: its class, or something else.
+
+    Raises
+    ------
+    UsageError
+        It is not a `HostedDevice`.
+    """
+    if isinstance(device, type):
+        raise UsageError(f"{device.__name__} is a class; give an object of it: {device.__name__}()")
+    if not isinstance(device, HostedDevice):
+        raise UsageError(f"{device!r} is of type {type(device).__name__}; give an object of a vq.Device")

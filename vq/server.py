@@ -12,7 +12,7 @@ from collections.abc import Callable
 from vq.backend import Backend
 from vq.closing import Closing
 from vq.errors import UsageError
-from vq.hosted_device import HostedDevice
+from vq.hosted_device import HostedDevice, check_hosted
 from vq.stopping import Stop
 from vq.waker import Waker
 
@@ -32,7 +32,7 @@ class Server(Closing):
     Raises
     ------
     UsageError
-        The device is a class, not an object of it.
+        The device is a class, not an object of it, or something else.
     UsageError, ResourceError
         The socket cannot be made; the device is closed then.
 
@@ -50,8 +50,7 @@ class Server(Closing):
         fd: int | None = None,
         mode: int | None = None,
     ) -> None:
-        if isinstance(device, type):
-            raise UsageError(f"{device.__name__} is a class; give an object of it: {device.__name__}()")
+        check_hosted(device)
         self.device = device
         self.backend: Backend | None = None
         self._stopping = False

@@ -46,6 +46,9 @@ cdef class DeviceQueue(TakingQueue):
         """int: packets that were longer than a chain had room for, since the beginning."""
         return self._dropped
 
+    def __repr__(self):
+        return f"<queue of a device: {self.name}>"
+
     def __iter__(self):
         return self
 
