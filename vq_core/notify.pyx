@@ -12,7 +12,7 @@ stream sockets. There each message says for itself that it does not wait.
 from libc.errno cimport EAGAIN, EINVAL, ENOTSOCK, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
-from vq_core.arch cimport (vq_exchange_u32, vq_load_acquire_u32, vq_load_u32, vq_load_u64, vq_pause,
+from vq_core.arch cimport (vq_load_acquire_u32, vq_load_u32, vq_load_u64, vq_pause,
                            vq_store_release_u32, vq_store_u64)
 from vq_core.clock cimport CLOCK_THREAD_CPUTIME_ID, clock_now
 
@@ -61,14 +61,15 @@ cdef enum:
 cdef aio_context_t _context = 0
 cdef ring_t* _ring = NULL
 cdef int _null_fd = -1
-cdef uint32_t _forgetting = 0
 
 
 cdef void _forget_finished() noexcept nogil:
-    """Make room in the ring of finished requests; one thread at a time, so that its head only goes forward."""
-    if vq_exchange_u32(&_forgetting, 1) == 0:
-        vq_store_release_u32(&_ring.head, vq_load_acquire_u32(&_ring.tail))
-        vq_store_release_u32(&_forgetting, 0)
+    """Make room in the ring of finished requests.
+
+    Any number of threads at once: nobody reads what the ring holds, so a head that goes back only asks for the next
+    one to go forward again. A lock would let a thread that loses its processor inside make all others lose signals.
+    """
+    vq_store_release_u32(&_ring.head, vq_load_acquire_u32(&_ring.tail))
 
 
 cdef void notify_signal(int fd) noexcept nogil:
