@@ -32,7 +32,7 @@ from vq.session import Session
 from vq_core.disk import Disk
 from waiting import wait_for
 
-DEADLINE_S = 20.0  # for anything at all, on a machine that has other work too
+DEADLINE_S = 60.0  # for anything at all, on a machine that has other work too
 
 
 def machine_settings(usual: int) -> settings:

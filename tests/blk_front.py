@@ -82,7 +82,7 @@ class Guest:
         self.frontend = Frontend.connect(path, timeout=60)
         self.features = self.frontend.negotiate(features, protocol)
         self.ours, theirs = socket.socketpair()
-        self.ours.settimeout(10)
+        self.ours.settimeout(60)
         if channel:
             self.frontend.request(Request.SET_BACKEND_REQ_FD, None, [theirs.fileno()])
         theirs.close()
@@ -124,5 +124,5 @@ def serving(disk: Disk, path: str, **options: Any) -> Iterator[Server]:
         yield server
     finally:
         server.request_stop()
-        thread.join(10)
+        thread.join(60)
         server.close()

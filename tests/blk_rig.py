@@ -88,10 +88,10 @@ class BlkGuest:
         if self.queue.started:
             self.queue.stop()
         self.worker.stop()
-        self.threads[0].join(10)
+        self.threads[0].join(60)
         self.worker.pool.stop()
         for thread in self.threads:
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
         self.worker.close()
         self.disk.close()
@@ -106,7 +106,7 @@ class BlkGuest:
         self.driver.publish()
         self.driver.kick()
 
-    def wait(self, count: int = 1, seconds: float = 10) -> list[tuple[Buffer, int]]:
+    def wait(self, count: int = 1, seconds: float = 60) -> list[tuple[Buffer, int]]:
         """Wait until so many requests are used."""
         done: list[tuple[Buffer, int]] = []
         end = time.monotonic() + seconds
@@ -128,7 +128,7 @@ class BlkGuest:
         written = b"".join(bytes(part) for part in buffer.writable)
         return written[-1], written[:-1], length
 
-    def broken(self, seconds: float = 5) -> str:
+    def broken(self, seconds: float = 60) -> str:
         """Wait until the queue is broken, and say why."""
         end = time.monotonic() + seconds
         while self.queue.broken is None:

@@ -91,7 +91,7 @@ class Hosted:
             done.set()
 
         self.server.call(run)
-        assert done.wait(20), "the control thread does not answer"
+        assert done.wait(60), "the control thread does not answer"
         value, error = result[0]
         if error is not None:
             raise error
@@ -102,7 +102,7 @@ class Hosted:
 
     def close(self) -> None:
         self.server.request_stop()
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         self.server.close()
 
@@ -111,7 +111,7 @@ class Peer:
     """A front-end that has agreed on everything and shares memory; its rings stand."""
 
     def __init__(
-        self, path: str, *, features: int = FEATURES, protocol: int = ALL, queues: int = 2, timeout: float = 10
+        self, path: str, *, features: int = FEATURES, protocol: int = ALL, queues: int = 2, timeout: float = 60
     ) -> None:
         self.frontend = Frontend.connect(path, timeout=timeout)
         self.features = self.frontend.negotiate(features, protocol)
@@ -142,7 +142,7 @@ class RawChannel:
 
     def __init__(self, peer: Peer) -> None:
         self.ours, theirs = socket.socketpair()
-        self.ours.settimeout(10)
+        self.ours.settimeout(60)
         with theirs:
             peer.frontend.request(Request.SET_BACKEND_REQ_FD, None, [theirs.fileno()])
 
@@ -161,7 +161,7 @@ class RawChannel:
         except TimeoutError:
             return True
         finally:
-            self.ours.settimeout(10)
+            self.ours.settimeout(60)
         return False
 
     def ended(self) -> bool:
@@ -178,7 +178,7 @@ class RawBackend:
         ours, self.sock = socket.socketpair()
         by_request = {BackendRequest[name]: handler for name, handler in handlers.items()}
         self.server = frontend.channel = RequestServer(ours, frontend.may_ask, by_request)
-        self.sock.settimeout(10)
+        self.sock.settimeout(60)
 
     def say(self, request: int, payload: bytes = b"", flags: int = 9, fds: tuple[int, ...] = ()) -> None:
         socket.send_fds(self.sock, [struct.pack("=III", request, flags, len(payload)) + payload], fds)

@@ -109,7 +109,7 @@ class Mirror:
 
     def __exit__(self, *_: object) -> None:
         self.harvester.stop()
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def stale(self) -> set[int]:

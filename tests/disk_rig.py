@@ -33,7 +33,7 @@ def serving(image: Path, path: str, *, direct: bool = False, **options: Any) -> 
         yield server
     finally:
         server.request_stop()
-        thread.join(10)
+        thread.join(60)
         server.close()
 
 

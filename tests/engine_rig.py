@@ -194,11 +194,11 @@ def running(*workers: Worker) -> Iterator[tuple[Worker, ...]]:
             worker.set_plan(Plan())
             worker.stop()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
 
 
-def asleep(worker: Worker, seconds: float = 5.0) -> None:
+def asleep(worker: Worker, seconds: float = 60.0) -> None:
     """Wait until a worker sleeps: its rounds stand still."""
     end = time.monotonic() + seconds
     before = -1

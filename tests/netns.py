@@ -42,7 +42,7 @@ def own_network() -> Iterator[None]:
 
 def ip(command: str) -> str:
     """Run ``ip COMMAND`` in the thread's namespace."""
-    return subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True, timeout=20).stdout
+    return subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True, timeout=60).stdout
 
 
 def mac_of(interface: str) -> str:
@@ -50,7 +50,7 @@ def mac_of(interface: str) -> str:
     return ip(f"-o link show dev {interface}").split("link/ether ")[1].split()[0]
 
 
-def receive_all(sock: socket.socket, count: int, timeout: float = 5) -> list[bytes]:
+def receive_all(sock: socket.socket, count: int, timeout: float = 60) -> list[bytes]:
     """Receive `count` datagrams; fewer if they do not come in time."""
     got: list[bytes] = []
     end = time.monotonic() + timeout

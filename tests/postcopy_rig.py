@@ -116,7 +116,7 @@ class Pager:
         """End the thread and let go of the userfaultfd."""
         if self._thread is not None:
             os.eventfd_write(self._end_fd, 1)
-            self._thread.join(10)
+            self._thread.join(60)
             assert not self._thread.is_alive()
             self._thread = None
         for fd in (self._uffd, self._end_fd):

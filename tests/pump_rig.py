@@ -88,7 +88,7 @@ class Guest:
         memory: GuestMemory | None = None,
         protocol: int = PROTOCOL,
     ) -> None:
-        self.frontend = Frontend.listen(path, timeout=20) if listen else Frontend.connect(path, timeout=20)
+        self.frontend = Frontend.listen(path, timeout=60) if listen else Frontend.connect(path, timeout=60)
         self.features = self.frontend.negotiate(features, protocol)
         self.frontend.set_features(self.features)
         self.heir = heir_of is not None
@@ -160,7 +160,7 @@ class Guest:
             self.receiveqs[pair].add(writable=[12 + length])
         self.receiveqs[pair].kick()
 
-    def receive(self, seconds: float = 5.0, pair: int = 0) -> tuple[bytes, bytes]:
+    def receive(self, seconds: float = 60.0, pair: int = 0) -> tuple[bytes, bytes]:
         """Header and payload of the next packet."""
         assert self.receiveqs[pair].wait(seconds), "no packet came"
         ((token, length),) = self.receiveqs[pair].poll(1)
@@ -218,7 +218,7 @@ def pumping(
         yield pump
     finally:
         pump.request_stop()
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive(), "the pump does not end"
         if not box.empty():
             problem = box.get()
@@ -262,7 +262,7 @@ class Background:
 
     def finish(self, **wrong: int) -> dict[str, int]:
         self.traffic.stop()
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
         assert self.problem is None
         assert faults(self.traffic) == CLEAN | wrong

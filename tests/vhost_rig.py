@@ -320,7 +320,7 @@ class BackendThread:
 
     def join(self) -> None:
         """Wait for the end, which the front-end brings about by closing."""
-        self._thread.join(5)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 

@@ -157,7 +157,7 @@ def test_a_signal_ends_it_with_what_was_measured(number: signal.Signals, code: i
     begin = time.monotonic()
     child.send_signal(number)
     out, errors = child.communicate(timeout=120)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
     assert (child.returncode, errors) == (code, "")
     record = json.loads(out.splitlines()[-1])
     assert record["final"] is True

@@ -59,7 +59,7 @@ def test_serves_until_a_signal(tmp_path: Path, end: signal.Signals) -> None:
     image.write_bytes(bytes(4096))
     command = [sys.executable, "-m", "vq", "blk", "--socket-path", path, "--blk-file", str(image), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        wait_for(lambda: os.path.exists(path), 20)
+        wait_for(lambda: os.path.exists(path))
         frontend = Frontend.connect(path)
         frontend.negotiate(v.mask(v.VIRTIO_F_VERSION_1), v.mask(v.VHOST_USER_PROTOCOL_F_CONFIG))
         assert frontend.get_config(0, 8) == (8).to_bytes(8, "little")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def test_everything_passes_on_our_disk(tmp_path: Path, words: list[str]) -> None
     command = [sys.executable, "-m", "vq", "blk", "--socket-path", str(path), "--blk-file", str(image), *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         try:
-            wait_for(path.exists, 20)
+            wait_for(path.exists)
             done = call(str(path), "--type", "blk", "--json", "--timeout", "5", timeout=120)
             assert child.poll() is None
         finally:
@@ -186,9 +185,9 @@ def test_a_signal_ends_it_between_two_checks(pump: str) -> None:
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     child.stdout.readline()
-    begin = time.monotonic()
     child.send_signal(signal.SIGTERM)
     out, errors = child.communicate(timeout=120)
-    assert time.monotonic() - begin < 5
     assert (child.returncode, errors) == (143, "")
-    assert json.loads(out.splitlines()[-1])["final"] is True
+    *left, final = map(json.loads, out.splitlines())
+    assert final["final"] is True
+    assert 1 + len(left) < len(call("--list", "--type", "net").stdout.splitlines()) / 2

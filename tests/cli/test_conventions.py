@@ -205,7 +205,7 @@ def test_a_service_manager_passes_sockets_and_hears_how_it_goes(tmp_path: Path) 
     path, notify = tmp_path / "a.sock", tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, socket.socket(socket.AF_UNIX) as first:
         manager.bind(str(notify))
-        manager.settimeout(20)
+        manager.settimeout(60)
         first.bind(str(path))
         first.listen()
         # The first fd that a service manager passes is 3; a shell puts ours there.
@@ -227,7 +227,7 @@ def test_a_disk_of_a_service_manager(tmp_path: Path) -> None:
     path, notify = tmp_path / "a.sock", tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(notify))
-        manager.settimeout(20)
+        manager.settimeout(60)
         environment = os.environ | {"NOTIFY_SOCKET": str(notify)}
         with running([*NULL_DISK, f"--socket-path={path}"], env=environment) as child:
             assert manager.recv(1000) == b"READY=1\nSTATUS=blk: listening"
@@ -245,19 +245,19 @@ def test_the_watchdog_of_a_service_manager(command: list[str], tmp_path: Path) -
     notify = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(notify))
-        manager.settimeout(20)
+        manager.settimeout(60)
         environment = os.environ | {"NOTIFY_SOCKET": str(notify), "WATCHDOG_USEC": "200000"}
+        since = time.monotonic()
         with running([*command, f"--socket-path={tmp_path / 'a.sock'}"], env=environment) as child:
             assert manager.recv(1000).startswith(b"READY=1\n")
-            since = time.monotonic()
-            for _ in range(5):
+            for _ in range(20):
                 assert manager.recv(1000) == b"WATCHDOG=1"
-            assert time.monotonic() - since > 0.3, "more often than twice in each period"
+            assert time.monotonic() - since > 1.8, "more often than twice in each period"
             child.send_signal(signal.SIGSTOP)
             manager.settimeout(1)
             with pytest.raises(TimeoutError):  # a few may have been on their way
                 [manager.recv(1000) for _ in range(10)]
-            manager.settimeout(20)
+            manager.settimeout(60)
             child.send_signal(signal.SIGCONT)
             assert manager.recv(1000) == b"WATCHDOG=1"
             child.send_signal(signal.SIGTERM)
@@ -277,7 +277,7 @@ def test_an_abstract_name_of_a_service_manager() -> None:
     name = f"vq-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("\0" + name)
-        manager.settimeout(20)
+        manager.settimeout(60)
         environment = os.environ | {"NOTIFY_SOCKET": "@" + name}
         done = subprocess.run([*COMMAND, "gen:count=1", "null:"], env=environment, capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr

@@ -49,7 +49,7 @@ def test_help_of_pump_names_every_kind_and_option() -> None:
 def test_help_of_pump_hangs_its_wrapped_lines(columns: int) -> None:
     environment = os.environ | {"COLUMNS": str(columns), "NO_COLOR": "1"}
     command = [sys.executable, "-m", "vq", "pump", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment).stdout
+    text = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment).stdout
     lines = text[text.index("PORT is KIND") :].splitlines()[2:]
     starts = tuple(kind.usage for kind in KINDS.values())
     assert all(line.startswith((*starts, "    ")) for line in lines if line.strip()), text
@@ -77,7 +77,7 @@ WORDS = [["qemu"], ["libvirt"], ["bench"], ["bench", "tune"], ["bench", "peers"]
 def test_help_fills_the_lines_of_a_narrow_terminal(words: list[str]) -> None:
     environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "vq", *words, "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment).stdout
+    text = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment).stdout
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     for line, following in itertools.pairwise(lines):

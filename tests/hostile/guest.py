@@ -73,7 +73,7 @@ class Guest:
         layout: str = "split",
     ) -> None:
         self.host = host
-        self.frontend = Frontend.connect(host.path, timeout=5.0)
+        self.frontend = Frontend.connect(host.path, timeout=60.0)
         self.err_fds: list[int] = []
         self.queues: list[DriverQueue] = []
         try:

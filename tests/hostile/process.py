@@ -22,7 +22,7 @@ from vq_core.guest_memory import GuestMemory
 from vq_core.traffic import Exchange, traffic_memory_bytes
 
 HERE = Path(__file__).resolve().parent
-PATIENCE = 30.0
+PATIENCE = 60.0
 SECRET = b"hostile-tests-keep-this"
 
 
@@ -82,7 +82,7 @@ class Program:
             self.process.stdin.write(b"\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
-        assert line, f"the program ended with {self.process.wait(5)}:\n{self.messages[-3000:]}"
+        assert line, f"the program ended with {self.process.wait(60)}:\n{self.messages[-3000:]}"
         return dict(json.loads(line))
 
     def holdings(self) -> Holdings:
@@ -173,7 +173,7 @@ class Neighbour:
             start(self.frontend, index, queue)
         receiveq, transmitq = self.queues
         self.before: Holdings | None = None
-        self.exchange = Exchange([(transmitq, receiveq)], self.SIZES, poll="sleep", patience=2.0)
+        self.exchange = Exchange([(transmitq, receiveq)], self.SIZES, poll="sleep", patience=PATIENCE / 2)
         self.quiet = False  # no packets for a while, so that the processor time of the process tells something
         self.slowest = 0.0  # seconds of the slowest burst since somebody set this to 0
         self._ending = threading.Event()

@@ -138,7 +138,7 @@ def test_the_channel_is_replaced_again_and_again(hosted: Hosted, peer: Peer) -> 
         for _ in range(3):
             peer.frontend.request(Request.SET_BACKEND_REQ_FD, None, [theirs.fileno()])
         hosted.send(B.VRING_CALL, VringState(0, 0))
-        ours.settimeout(10)
+        ours.settimeout(60)
         assert len(ours.recv(100)) == 20
     wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before + 4)
 

@@ -62,7 +62,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BlkProgram]:
     program = BlkProgram(tmp_path_factory.mktemp("blk"))
     yield program
     program.process.terminate()
-    assert program.process.wait(10) == 0
+    assert program.process.wait(60) == 0
     assert "Traceback" not in program.messages
     assert program.image.read_bytes() == program.content
     program.close()

@@ -183,7 +183,7 @@ def test_wrong_reply(answer: Callable[..., Frontend], data: bytes, close: bool) 
     begin = time.monotonic()
     with pytest.raises((BackendError, ConnectionClosed)):
         frontend.request(R.GET_FEATURES)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.checklist(49)
@@ -271,7 +271,7 @@ def test_back_end_that_does_not_read() -> None:
         begin = time.monotonic()
         with pytest.raises(VqError):
             fill(frontend)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 60
     finally:
         frontend.close()
         theirs.close()

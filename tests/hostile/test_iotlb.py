@@ -219,7 +219,7 @@ def test_invalidations_of_ring_memory_under_traffic(tmp_path: Path, pump: Pump, 
             guest.serve(lambda: traffic.traffic.counters["verified"] > before + 200)
         finally:
             traffic.traffic.stop()
-            traffic.thread.join(20)
+            traffic.thread.join(60)
         counters = traffic.traffic.counters
         assert traffic.problem is None
         assert (counters["changed"], counters["duplicated"], counters["reordered"]) == (0, 0, 0)

@@ -128,7 +128,7 @@ class FrontEnds:
         layout = self.dice.choice((0, PACKED))
         handshake = self.handshakes[layout]
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(10)
+            sock.settimeout(60)
             sock.connect(self.path)
             if not whole:
                 self._begin(sock, handshake)
@@ -169,7 +169,7 @@ class FrontEnds:
 
 
 def spin(poll: Callable[[], Any]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not poll():
         assert time.monotonic() < end, "nothing came back"
 

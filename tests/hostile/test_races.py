@@ -224,7 +224,7 @@ def test_rings_flicker(host: Host, neighbour: Neighbour, connect: Connect) -> No
 @contextmanager
 def traffic(guest: Guest) -> Iterator[Exchange]:
     """Verified packets on the guest's rings."""
-    exchange = Exchange([(guest.transmitq, guest.receiveq)], (64, 1500), poll="sleep", patience=3.0, window=16)
+    exchange = Exchange([(guest.transmitq, guest.receiveq)], (64, 1500), poll="sleep", patience=30.0, window=16)
     failures: list[BaseException] = []
 
     def run() -> None:

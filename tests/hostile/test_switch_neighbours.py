@@ -111,7 +111,7 @@ def test_two_honest_guests_do_not_notice(tmp_path: Path) -> None:
     program = Switch(tmp_path)
     try:
         one, two = Honest(program.paths[1]), Honest(program.paths[2])
-        exchange = Exchange([(one.transmitq, two.receiveq)], (64, 1518), poll="sleep", window=32, patience=3.0)
+        exchange = Exchange([(one.transmitq, two.receiveq)], (64, 1518), poll="sleep", window=32, patience=30.0)
         thread = threading.Thread(target=exchange.run, args=[20.0], daemon=True)
         thread.start()
         guest = Guest(program)  # type: ignore[arg-type]

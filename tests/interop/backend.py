@@ -252,7 +252,7 @@ class DpdkBackend(Backend):
     def stop(self) -> float:
         begin = time.monotonic()
         self.child.signal(signal.SIGINT)
-        self.child.wait(10)
+        self.child.wait(60)
         self.child.kill()
         return time.monotonic() - begin
 

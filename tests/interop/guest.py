@@ -208,7 +208,7 @@ class Guest(Station):
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
-    def run(self, command: str, timeout: float = 30) -> Result:
+    def run(self, command: str, timeout: float = 60) -> Result:
         assert self._agent, f"{self.name} has not booted"
         number = next(self._requests)
         text = base64.b64encode(command.encode()).decode()

@@ -33,11 +33,11 @@ class Station:
     address: str
     address6: str
 
-    def run(self, command: str, timeout: float = 30) -> Result:
+    def run(self, command: str, timeout: float = 60) -> Result:
         """Run a shell command to its end."""
         raise NotImplementedError
 
-    def check(self, command: str, timeout: float = 30) -> str:
+    def check(self, command: str, timeout: float = 60) -> str:
         """Run a shell command that has to succeed; gives its output."""
         code, output = self.run(command, timeout)
         if code:
@@ -85,7 +85,7 @@ class Host(Station):
         subprocess.run(["ip", "netns", "add", self.netns], check=True)
         self.check("ip link set lo up")
 
-    def run(self, command: str, timeout: float = 30) -> Result:
+    def run(self, command: str, timeout: float = 60) -> Result:
         done = subprocess.run(
             ["ip", "netns", "exec", self.netns, "sh", "-c", command],
             stdin=subprocess.DEVNULL,
@@ -106,7 +106,7 @@ class Host(Station):
         self.check(f"ip link set {self.interface} address 52:54:00:76:72:{number:02x}")
         super().configure(number)
 
-    def await_interface(self, name: str, timeout: float = 5) -> None:
+    def await_interface(self, name: str, timeout: float = 60) -> None:
         """Wait until a TAP appears in this namespace."""
         wait_until(f"interface {name}", lambda: self.run(f"ip link show {name}").code == 0, timeout)
 

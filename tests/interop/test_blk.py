@@ -67,7 +67,7 @@ def test_filesystem_and_bytes(disk: Disk) -> None:
     assert_discard_frees_room(disk)
     assert_the_guest_sees_the_disk_grow(disk)
     disk.backend.process.send_signal(signal.SIGTERM)
-    assert disk.backend.process.wait(10) == 0
+    assert disk.backend.process.wait(60) == 0
 
 
 def assert_writeback_can_be_switched(disk: Disk) -> None:
@@ -123,7 +123,7 @@ def test_random_writes_of_many_threads_are_verified_on_both_sides(disk: Disk) ->
         expected = seeds + numpy.arange(512, dtype="<u8") * numpy.uint64(0x165667B19E3779F9)
     assert (found[:, 2:] == expected[:, 2:]).all()
     disk.backend.process.send_signal(signal.SIGTERM)
-    assert disk.backend.process.wait(10) == 0
+    assert disk.backend.process.wait(60) == 0
 
 
 def test_read_only_disk(rig: Rig) -> None:

@@ -35,7 +35,7 @@ def test_a_guest_takes_its_entropy_from_python(rig: Rig) -> None:
     assert guest.check("head -c 4096 /dev/hwrng | wc -c").strip() == "4096"
     guest.kill()
     example.signal(signal.SIGTERM)
-    assert example.wait(10) == 0
+    assert example.wait(60) == 0
 
 
 @pytest.mark.parametrize("packed", ["off", "on"])
@@ -51,7 +51,7 @@ def test_a_host_made_of_arrays_answers_a_guest(rig: Rig, packed: str) -> None:
     assert "02:76:71:00:00:01" in guest.check("ip neigh")
     guest.kill()
     example.signal(signal.SIGTERM)
-    assert example.wait(10) == 0
+    assert example.wait(60) == 0
 
 
 class SplitConsole(ConsoleDevice):
@@ -72,7 +72,7 @@ def test_linux_has_a_terminal_here(rig: Rig) -> None:
             guest.check("echo from the guest >/dev/hvc0")
             heard = b""
             while b"from the guest\r\n" not in heard:
-                assert select.select([terminal], [], [], 30)[0], heard
+                assert select.select([terminal], [], [], 60)[0], heard
                 heard += os.read(terminal, 100)
             os.write(terminal, b"from the host\n")
             assert guest.check("head -n 1 </dev/hvc0", 30) == "from the host\n"

@@ -17,7 +17,7 @@ from interop.traffic import assert_ping, send_bulk
 
 def printed_options(port: str) -> list[str]:
     command = [sys.executable, "-m", "vq", "qemu", port, "null:", "--memory", "192M"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     return shlex.split(line)

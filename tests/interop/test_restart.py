@@ -9,7 +9,7 @@ import pytest
 from interop.rig import Rig
 from pump_rig import PACKED, USUAL, Guest
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.mark.parametrize("layout", [0, PACKED], ids=["split", "packed"])

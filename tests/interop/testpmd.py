@@ -64,7 +64,7 @@ class Testpmd:
         self.child = Child(name, command, scratch, netns=netns)
         self._seen = 0
 
-    def wait_prompt(self, timeout: float = 30) -> str:
+    def wait_prompt(self, timeout: float = 60) -> str:
         """Wait for the prompt; gives what was printed since the last one."""
         wait_until(f"{self.name}: prompt", lambda: PROMPT in self.child.output()[self._seen :], timeout, [self.child])
         text = self.child.output()
@@ -91,7 +91,7 @@ class Testpmd:
         text = self.command("show fwd stats all")
         return {(int(port), int(queue)): int(count) for port, queue, count in re.findall(pattern, text, re.DOTALL)}
 
-    def quit(self, timeout: float = 10) -> int:
+    def quit(self, timeout: float = 60) -> int:
         """Leave in order (queues stopped, connection closed); gives the exit code."""
         self.child.write("quit\n")
         return self.child.wait(timeout)

@@ -60,7 +60,7 @@ def assert_whole(source: Station, target: Station, size: int) -> None:
     source.check(f"/bin/ping -q -n -c 1 -W 5 -M do -s {size} {target.address}")
 
 
-def await_path(source: Station, target: Station, timeout: float = 15) -> float:
+def await_path(source: Station, target: Station, timeout: float = 60) -> float:
     """Wait until packets get through; gives the seconds."""
 
     # The path is named, since busybox's shell takes its own ping otherwise.

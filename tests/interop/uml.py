@@ -53,7 +53,7 @@ class UmlGuest(Station):
         """Wait until it obeys commands."""
         wait_until(f"{self.name} boots", lambda: "\nready " in self.child.output(), BOOT_SECONDS, [self.child])
 
-    def run(self, command: str, timeout: float = 30) -> Result:
+    def run(self, command: str, timeout: float = 60) -> Result:
         number = next(self._requests)
         self.child.write(f"{number} {timeout:.0f} {base64.b64encode(command.encode()).decode()}\n")
         deadline = time.monotonic() + timeout + 20

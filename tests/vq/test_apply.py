@@ -165,7 +165,7 @@ def test_a_ring_goes_on_when_its_memory_is_there_again(connection: Connection) -
         for _ in range(5):
             driver.add([bytes(12) + b"packet"])
         driver.kick()
-        assert driver.wait(5)
+        assert driver.wait(60)
         assert len(driver.poll()) == 5
         worker.set_plan(Plan())
         connection.apply(e.SetMemory(()))
@@ -242,7 +242,7 @@ def test_logging_follows_feature_log_and_ring_flags(connection: Connection) -> N
         thread = threading.Thread(target=worker.run)
         thread.start()
         worker.set_plan(Plan([(port, 0, NullPort("null"), 0)]))
-        assert driver.wait(5)
+        assert driver.wait(60)
         driver.poll()
         worker.set_plan(Plan())
         worker.stop()

@@ -36,7 +36,7 @@ def serving(**options: Any) -> Iterator[Backend]:
         poll = select.poll()
         poll.register(backend.fileno(), select.POLLIN)
         while not stop.is_set():
-            if poll.poll(20):
+            if poll.poll(60):
                 backend.dispatch()
 
     thread = threading.Thread(target=loop)
@@ -45,7 +45,7 @@ def serving(**options: Any) -> Iterator[Backend]:
         yield backend
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(60)
         backend.close()
 
 

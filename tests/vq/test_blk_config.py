@@ -50,7 +50,7 @@ class Wire:
 
     def __init__(self, path: str, features: int = USUAL) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(10)
+        self.sock.settimeout(60)
         self.sock.connect(path)
         self.say(SET_PROTOCOL, struct.pack("<Q", PROTOCOL))
         self.say(SET_FEATURES, struct.pack("<Q", features | 1 << 30))

@@ -101,7 +101,7 @@ def test_growth_is_told_once_the_guest_runs(server: Server, guest: Guest, tmp_pa
     guest.ours.settimeout(0.05)
     with pytest.raises(TimeoutError):
         guest.ours.recv(100)  # all rings stand
-    guest.ours.settimeout(10)
+    guest.ours.settimeout(60)
     guest.start()
     assert guest.ours.recv(100) == CHANGED_ACK_WANTED
     assert guest.config()["capacity"] == 4096

@@ -146,8 +146,8 @@ def test_an_interrupt_ends_it() -> None:
 
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        demo.run_demo(64, 60, on_progress=interrupt, interval=0.05)
-    assert time.monotonic() - begin < 5
+        demo.run_demo(64, 600, on_progress=interrupt, interval=0.05)
+    assert time.monotonic() - begin < 60
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("vq-")]
 
 

@@ -64,7 +64,7 @@ class InbandGuest(Guest):
             for fd in (*kicks, channel.fileno()):
                 poll.register(fd, select.POLLIN)
             while not stop.is_set():
-                for fd, _ in poll.poll(20):
+                for fd, _ in poll.poll(60):
                     if fd in kicks:
                         os.eventfd_read(fd)
                         self.frontend.kick_ring(kicks[fd])
@@ -77,7 +77,7 @@ class InbandGuest(Guest):
             yield
         finally:
             stop.set()
-            thread.join(20)
+            thread.join(60)
 
 
 @pytest.fixture

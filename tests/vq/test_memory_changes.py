@@ -86,7 +86,7 @@ def test_receive_buffers_are_removed_in_a_flood(path: str, layout: int, way: str
                 view = overwrite(extra)
                 assert mappings(extra) == 1, "the mapping is still there after the answer"
                 sink.stop()
-                thread.join(10)
+                thread.join(60)
                 assert not thread.is_alive()
                 time.sleep(0.01)
                 assert unchanged(view)

@@ -183,11 +183,11 @@ def test_a_page_that_never_comes_ends_its_connection_alone(
 ) -> None:
     other = str(tmp_path / "b.sock")
     with pumping([f"vhost:{path},postcopy"], [f"vhost:{other}"]) as pump, Guest(other) as neighbour:
-        background = Background(neighbour.streams(), patience=20)
+        background = Background(neighbour.streams(), patience=60)
         background.goes_on()
         with MovingGuest(path, USUAL | layout, serving=False) as guest:
-            assert guest.pager.heard.wait(10)
-            assert guest.frontend.wait_closed(10)
+            assert guest.pager.heard.wait(60)
+            assert guest.frontend.wait_closed(60)
             settled_threads()
             background.goes_on()  # by the same worker
             # Nothing of ours came into the guest's memory in place of its pages.
@@ -200,9 +200,9 @@ def test_a_page_that_never_comes_ends_its_connection_alone(
 
 def test_a_closed_userfaultfd_ends_the_connection(path: str, hasty: None) -> None:
     with pumping(f"vhost:{path},postcopy"), MovingGuest(path, USUAL, serving=False) as guest:
-        assert guest.pager.heard.wait(10)
+        assert guest.pager.heard.wait(60)
         guest.pager.close()
-        assert guest.frontend.wait_closed(10)
+        assert guest.frontend.wait_closed(60)
         settled_threads()
 
 
@@ -212,7 +212,7 @@ def test_a_front_end_that_dies_while_a_worker_waits(path: str, layout: int) -> N
     with pumping(f"vhost:{path},postcopy") as pump:
         for _ in range(5):
             with MovingGuest(path, USUAL | layout, serving=False) as guest:
-                assert guest.pager.heard.wait(10)
+                assert guest.pager.heard.wait(60)
             backend = pump.ports[0].backend
             assert backend is not None
             wait_for(lambda backend=backend: backend.state == "listening", 4)
@@ -225,11 +225,11 @@ def test_a_front_end_that_dies_while_a_worker_waits(path: str, layout: int) -> N
 
 def test_the_control_thread_waits_for_a_stuck_worker_no_longer_than_its_patience(path: str, hasty: None) -> None:
     with pumping(f"vhost:{path},postcopy"), MovingGuest(path, USUAL, serving=False) as guest:
-        assert guest.pager.heard.wait(10)
-        guest.frontend.timeout = 10
+        assert guest.pager.heard.wait(60)
+        guest.frontend.timeout = 60
         with suppress(ConnectionClosed, BackendError):
             guest.frontend.get_vring_base(1)
-        assert guest.frontend.wait_closed(10)
+        assert guest.frontend.wait_closed(60)
 
 
 @pytest.mark.parametrize("way", ["never", "dies"])
@@ -238,9 +238,9 @@ def test_a_disk_whose_pages_never_come(tmp_path: Path, path: str, hasty: None, w
     make_file(image, MIB)
     with serving(image, path, postcopy=True) as server:
         with ReadingDisk(path, VERSION_1, GuestMemory(4 * MIB), serving=False) as guest:
-            assert guest.pager.heard.wait(10)
+            assert guest.pager.heard.wait(60)
             if way == "never":
-                assert guest.frontend.wait_closed(10)
+                assert guest.frontend.wait_closed(60)
         assert server.backend is not None
         wait_for(lambda: server.backend.state == "listening")
         settled_threads()
@@ -249,9 +249,9 @@ def test_a_disk_whose_pages_never_come(tmp_path: Path, path: str, hasty: None, w
 def test_a_pump_ends_while_its_worker_waits(path: str, hasty: None) -> None:
     with pumping(f"vhost:{path},postcopy") as pump:
         guest = MovingGuest(path, USUAL, serving=False)
-        assert guest.pager.heard.wait(10)
+        assert guest.pager.heard.wait(60)
         pump.request_stop()
-        assert guest.frontend.wait_closed(10)
+        assert guest.frontend.wait_closed(60)
     guest.close()
     assert watchers() == 0
 

@@ -149,7 +149,7 @@ def test_traffic_of_guests_through_a_program(tmp_path: Path, layout: str) -> Non
     path = str(tmp_path / "a.sock")
     features = USUAL | (PACKED if layout == "packed" else 0)
     with pumping(f"vhost:{path}", program=verdict(REFLECT)), Guest(path, features) as guest:
-        background = Background(guest.streams(), patience=30)
+        background = Background(guest.streams(), patience=60)
         background.goes_on(2000)
         background.finish()
 

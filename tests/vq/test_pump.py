@@ -400,12 +400,13 @@ def test_duration_and_intervals() -> None:
     seen: list[dict[str, Any]] = []
     with Pump(["gen:rate=1000", "null:"]) as pump:
         start = time.monotonic()
-        last = pump.run(duration=0.5, interval=0.1, on_interval=seen.append)
-        assert 0.5 <= time.monotonic() - start < 3
-    assert 2 <= len(seen) <= 5
+        last = pump.run(duration=1.0, interval=0.1, on_interval=seen.append)
+        elapsed = time.monotonic() - start
+        assert elapsed >= 1.0
+    assert 2 <= len(seen) <= 10
     counts = [snapshot["ports"]["null"]["to_null"]["packets"] for snapshot in [*seen, last]]
     assert counts == sorted(counts)
-    assert counts[-1] <= 600
+    assert counts[-1] <= 1000 * elapsed + 33
 
 
 def test_a_broken_queue_is_logged_and_the_others_go_on(paths: list[str], caplog: pytest.LogCaptureFixture) -> None:

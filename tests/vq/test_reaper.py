@@ -6,20 +6,20 @@ import os
 import socket
 import struct
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from vq.backend import Backend
 from vq.devices.net import NetDevice
-from vq.reaper import GRACE_S, Reaper, close_socket
+from vq.reaper import Reaper, close_socket
+from waiting import wait_for
 
-LINGER_S = 2
+LINGER_S = 120
 
 
 def lingering() -> tuple[int, socket.socket]:
-    """A descriptor whose close() takes LINGER_S: a TCP socket with unsent data and SO_LINGER; and its other end."""
+    """A TCP socket with unsent data, whose close() waits for LINGER_S or until its other end is closed; and that."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         sender = socket.create_connection(server.getsockname())
         reader, _ = server.accept()
@@ -37,15 +37,10 @@ def lingering() -> tuple[int, socket.socket]:
 def test_a_lingering_socket_costs_a_moment_only() -> None:
     reaper = Reaper()
     fd, reader = lingering()
-    begin = time.monotonic()
     reaper.close(fd)
-    assert time.monotonic() - begin < 10 * GRACE_S < LINGER_S
-    assert reaper.busy == 1
-    deadline = time.monotonic() + 10 * LINGER_S
-    while reaper.busy and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not reaper.busy
+    assert reaper.busy == 1  # it has returned, and the closing still goes on
     reader.close()
+    wait_for(lambda: not reaper.busy)
     reaper.stop()
 
 
@@ -54,10 +49,8 @@ def test_the_path_of_a_file_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> 
     reaper = Reaper()
     fd, reader = lingering()
     monkeypatch.setattr(os, "readlink", lambda path: "/memfd:x/file")
-    begin = time.monotonic()
     reaper.close(fd)
-    assert time.monotonic() - begin < 10 * GRACE_S < LINGER_S
-    assert reaper.busy == 1
+    assert reaper.busy == 1  # it has returned, and the closing still goes on
     reader.close()
     reaper.stop()
 
@@ -94,12 +87,13 @@ def test_a_backend_that_cannot_close_takes_nobody_until_it_can(tmp_path: Path) -
             other.connect(path)
             backend.dispatch()
             assert backend.state == "listening", "what the first one left is not closed yet"
-            deadline = time.monotonic() + 10 * LINGER_S
-            while backend.state == "listening" and time.monotonic() < deadline:
-                time.sleep(0.05)
+            reader.close()
+
+            def connected() -> bool:
                 backend.dispatch()
-            assert backend.state == "connected"
-    reader.close()
+                return backend.state == "connected"
+
+            wait_for(connected)
 
 
 def test_threads_that_serve_do_not_disturb_each_other() -> None:
@@ -109,12 +103,12 @@ def test_threads_that_serve_do_not_disturb_each_other() -> None:
     def serve() -> None:
         with Reaper().active():
             inside.set()
-            leave.wait(10)
+            leave.wait(60)
 
     thread = threading.Thread(target=serve)
     with Reaper().active():
         thread.start()
-        assert inside.wait(10)
+        assert inside.wait(60)
     leave.set()
     thread.join()
     ours, theirs = socket.socketpair()

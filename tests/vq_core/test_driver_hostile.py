@@ -272,7 +272,7 @@ def ends(run: Callable[[], object]) -> bool:
     """Whether it comes back within ten seconds."""
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(10)
+    thread.join(60)
     return not thread.is_alive()
 
 

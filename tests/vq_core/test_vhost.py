@@ -686,7 +686,7 @@ def test_a_driver_that_refills_is_left_alone_for_a_moment(harness: ModuleType, l
     post(37)
     push(32)
     assert harness.room(guest.port, 0) == 0
-    assert wait_for(lambda: harness.room(guest.port, 0), 1) == 5
+    assert wait_for(lambda: harness.room(guest.port, 0)) == 5
     push(5)  # no full burst: nothing is held back
     post(3)
     assert harness.room(guest.port, 0) == 3
@@ -721,14 +721,14 @@ def test_a_driver_in_full_flow_is_left_alone_for_a_moment(harness: ModuleType, l
     assert move() == 32
     send(5)
     assert move() == 0
-    assert wait_for(move, 1) == 5
+    assert wait_for(move) == 5
     send(5)
     assert move() == 5
     if size == 256:
         send(64)
         assert [move(), move()] == [32, 32]
     send(32)
-    assert wait_for(lambda: move(step=8), 1) == 32
+    assert wait_for(lambda: move(step=8)) == 32
     send(5)
     assert move() == 5
     # A round that lasts, since other queues have much to do, is wait enough.
