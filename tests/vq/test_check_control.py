@@ -10,6 +10,11 @@ import pytest
 import vq.check
 from pump_rig import pumping
 from vq.check import Outcome, Result
+from vq.check.control_guest import ERR, UNTOUCHED
+from vq.check.guest import DATA
+from vq.check.hostile.control import ACK, judge
+from vq.check.outcome import Failed
+from vq.check.raw_ring import WRITE, Row
 from vq.devices import net
 from vq.devices.net_control import Change, CommandError, NetControl
 
@@ -28,12 +33,14 @@ def failed(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
         }
 
 
-def test_what_is_right_passes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "seen"), [("packed", "256 commands (2)"), ("split", "256 commands")])
+def test_what_is_right_passes(tmp_path: Path, layout: str, seen: str) -> None:
     path = f"{tmp_path}/s"
-    with pumping(f"vhost:{path},control,queues=2"):
-        results = run(path)
+    with pumping(f"vhost:{path},control,queues=2,layout={layout}"):
+        results = [result for result in run(path) if layout == "packed" or "packed" not in result.name]
     assert {result.name: result.reason for result in results if result.outcome is not Outcome.PASS} == {}
-    assert len(results) == 17
+    assert len(results) == (18 if layout == "packed" else 17)
+    assert {result.reason for result in results if result.name == "hostile.control.flood"} == {seen}
 
 
 def test_nothing_is_checked_without_a_control_queue(tmp_path: Path) -> None:
@@ -47,10 +54,13 @@ def test_nothing_is_checked_without_a_control_queue(tmp_path: Path) -> None:
 def test_all_is_answered_well(failed: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NetControl, "execute", lambda *_: Change.NONE)
     found = failed(
-        "control.unknown", "hostile.control.mac-tables", "hostile.control.pair-counts", "hostile.control.flood"
+        "control.unknown", "hostile.control.mac-tables", "hostile.control.pair-counts", "hostile.control.flood",
+        "hostile.control.short-headers", "hostile.control.short-data",
     )
-    assert found.pop("hostile.control.flood") == "a command that is none is answered OK"
-    assert len(found) == 3
+    flood = found.pop("hostile.control.flood")
+    assert all(f"({layout}): a command that is none is answered OK" in flood for layout in ("split", "packed"))
+    assert len(found) == 5
+    assert all("(split): " in reason and "(packed): " in reason for reason in found.values())
     assert all("answered OK, not ERR" in reason for reason in found.values())
 
 
@@ -79,3 +89,32 @@ def test_no_answer(failed: Callable[..., dict[str, str]], monkeypatch: pytest.Mo
     found = failed("control.mac-address", "hostile.control.flood")
     assert "0 of 1 commands are answered" in found["control.mac-address"]
     assert "0 of 32 commands are answered" in found["hostile.control.flood"]
+
+
+FULL, HALF = [(DATA, 3, 0), (ACK, 1, WRITE)], [(DATA, 3, 0), (ACK, 0, WRITE)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "used", "ack"), [(FULL, 1, ERR), (FULL, 0, UNTOUCHED), (FULL, None, UNTOUCHED), (HALF, 0, UNTOUCHED)]
+)
+def test_what_is_no_command_is_refused_in_several_ways(rows: list[Row], used: int | None, ack: int) -> None:
+    judge(rows, used, ack)
+
+
+@pytest.mark.parametrize(
+    ("rows", "used", "ack", "problem"),
+    [
+        (FULL, 1, 0, "the ack is 0x0"),
+        (FULL, None, 0, "the ack is 0x0"),
+        (FULL, 1, UNTOUCHED, "no ack is written"),
+        (FULL, 0, ERR, "the used length is 0; the ack is 1 byte"),
+        (FULL, 4, ERR, "the used length is 4; the ack is 1 byte"),
+        (HALF, 1, ERR, "no descriptor has room"),
+        ([(DATA, 3, 0), (ACK, 1, 0)], 0, ERR, "no descriptor has room"),
+    ],
+)
+def test_what_is_no_command_is_never_answered_otherwise(
+    rows: list[Row], used: int | None, ack: int, problem: str
+) -> None:
+    with pytest.raises(Failed, match=problem):
+        judge(rows, used, ack)

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+from vq.check.guest import LAYOUTS
 from vq.check.outcome import Failed, Gone, Skipped
 from vq.errors import VqError
 
 if TYPE_CHECKING:
     from vq.check.target import Target
 
-__all__ = ["each"]
+__all__ = ["each", "over_layouts"]
 
 Case = TypeVar("Case")
 
@@ -62,6 +63,12 @@ def each(target: Target, cases: Mapping[str, Case], act: Callable[[Case], str]) 
     if wrong:
         raise Failed("; ".join(wrong))
     return ", ".join(f"{end} ({count})" if count > 1 else end for end, count in ends.items())
+
+
+def over_layouts(target: Target, cases: Mapping[str, Case]) -> dict[str, tuple[Case, str]]:
+    """The cases over each ring layout that the back-end offers: with the layout behind each, and in its name."""
+    layouts = [layout for layout, needed in LAYOUTS.items() if not needed & ~target.features]
+    return {f"{name} ({layout})": (case, layout) for layout in layouts for name, case in cases.items()}
 
 
 def _outlive(target: Target, wrong: list[str]) -> None:

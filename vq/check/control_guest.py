@@ -16,7 +16,7 @@ from vq_core.driver import Buffer, DriverQueue
 if TYPE_CHECKING:
     from vq.check.target import Target
 
-__all__ = ["COMMANDS", "CONTROL", "ERR", "OK", "ControlGuest"]
+__all__ = ["COMMANDS", "CONTROL", "ERR", "OK", "UNTOUCHED", "ControlGuest"]
 
 CONTROL: Final = (v.VIRTIO_NET_F_CTRL_VQ,)
 # Features whose commands a driver may send.

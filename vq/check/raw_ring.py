@@ -96,3 +96,8 @@ class RawRing:
         if self.packed:
             return bool(int(self.queue.desc[0]["flags"]) & PACKED_USED)
         return int(self.queue.used_head[1]) != 0
+
+    @property
+    def used_length(self) -> int:
+        """What the device says it wrote of the first buffer that it used."""
+        return int(self.queue.desc[0]["len"] if self.packed else self.queue.used[0]["len"])

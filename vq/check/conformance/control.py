@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from vq import virtio as v
-from vq.check.cases import each
+from vq.check.cases import each, over_layouts
 from vq.check.control_guest import CONTROL, ERR, OK, ControlGuest
 from vq.check.registry import check
 from vq.check.target import Target
@@ -95,13 +95,14 @@ def guest_offloads(target: Target) -> str:
 def unknown(target: Target) -> str:
     """A class or a command that is none is answered ERR, and the next command is served."""
 
-    def act(command: bytes) -> str:
-        with ControlGuest(target) as guest:
+    def act(case: tuple[bytes, str]) -> str:
+        command, layout = case
+        with ControlGuest(target, layout=layout) as guest:
             guest.expect(ERR, command)
             return guest.expect(ERR, command)
 
     cases = {"class 127": b"\x7f\0\0", "class 255": b"\xff\xff\0", "receive mode 99": b"\0\x63\1", "MAC 99": b"\1\x63"}
-    return each(target, cases, act)
+    return each(target, over_layouts(target, cases), act)
 
 
 def _layouts(target: Target, layout: str) -> str:
