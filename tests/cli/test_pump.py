@@ -126,7 +126,7 @@ def test_signals_end_it_promptly_and_leave_no_socket(
     begin = time.monotonic()
     child.send_signal(number)
     out, errors = child.communicate(timeout=120)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 10
     assert child.returncode == 0, errors
     assert "Traceback" not in errors
     assert records(out)[-1]["final"] is True

@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -117,7 +118,9 @@ def test_payload_that_never_comes_costs_nobody_anything(
     """Lines 1, 2, 21: the right size without its bytes only waits; the neighbour's messages and packets go on."""
     raw = dial()
     raw.send(HEADER.pack(SET_FEATURES, VERSION, 8))
+    begin = time.monotonic()
     assert neighbour.frontend.request(GET_FEATURES)
+    assert time.monotonic() - begin < 10
     neighbour.check()
     raw.send(bytes(8))
     is_served(raw)

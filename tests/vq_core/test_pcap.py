@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,7 +166,7 @@ def test_written_when_half_full_or_after_100_ms(tmp_path: Path) -> None:
         assert path.stat().st_size == 24
         assert driver.arm(ARM_PULL) == 0
         assert len(poll.poll(60)) == 1  # the timer wakes a worker that sleeps
-        assert time.monotonic() - start > 0.09
+        assert 0.09 < time.monotonic() - start < 10
         driver.flush()
         assert len(parse(path.read_bytes())) == 1
         assert port.snapshot()["to_pcap"]["packets"] == 1
@@ -337,7 +338,7 @@ def test_byte_orders_and_units(tmp_path: Path, order: str, magic: int, unit: flo
     start = time.monotonic()
     with opened(path, speed=1) as port:
         assert play(port) == sent
-        assert time.monotonic() - start > 0.0199
+        assert 0.0199 < time.monotonic() - start < 10  # a wrong unit would make it 20 s at least, or nothing
     assert [bytes(packet) for packet in rdpcap(str(path))] == sent
 
 
@@ -380,23 +381,29 @@ def test_pace_of_the_capture(tmp_path: Path) -> None:
     sent = frames(6)
     stamps = [100.0, 100.05, 100.05, 100.02, 100.1, 100.2]  # a clock that was set back is no reason to wait
     path.write_bytes(header() + b"".join(map(record, sent, stamps)))
-    for speed, duration in ((1, 0.2), (2, 0.1)):
-        with opened(path, speed=speed) as port, select.epoll() as poll:
-            driver = drive(port)
-            driver.attach(poll.fileno())
-            got, when = [], []
-            start = time.monotonic()
-            while not port.finished:
-                taken = driver.take()
-                got += [payload for payload, _, _ in taken]
-                when += [time.monotonic() - start] * len(taken)
-                if not port.finished and not driver.arm(ARM_PULL):
-                    assert poll.poll(60)
+    for speed in (1, 2):
+        due = [stamp / speed for stamp in (0, 0.05, 0.05, 0.05, 0.1, 0.2)]
+        soonest = [inf] * len(due)
+        for _ in range(50):  # a busy machine makes packets late, but not each of them each time
+            with opened(path, speed=speed) as port, select.epoll() as poll:
+                driver = drive(port)
+                driver.attach(poll.fileno())
+                got, when = [], []
+                start = time.monotonic()
+                while not port.finished:
+                    taken = driver.take()
+                    got += [payload for payload, _, _ in taken]
+                    when += [time.monotonic() - start] * len(taken)
+                    if not port.finished and not driver.arm(ARM_PULL):
+                        assert poll.poll(60)
+                driver.attach(-1)
             assert got == sent
-            for at, stamp in zip(when, [0, 0.05, 0.05, 0.05, 0.1, 0.2], strict=True):
-                assert stamp / speed - 0.001 <= at
-            assert duration - 0.001 <= when[-1]
-            driver.attach(-1)
+            assert all(at >= stamp - 0.001 for at, stamp in zip(when, due, strict=True))
+            soonest = list(map(min, soonest, when))
+            if all(at < stamp + 0.05 for at, stamp in zip(soonest, due, strict=True)):
+                break
+        else:
+            pytest.fail(f"packets due at {due} came at {soonest}")
 
 
 def test_paced_passes_begin_anew(tmp_path: Path) -> None:
@@ -404,7 +411,7 @@ def test_paced_passes_begin_anew(tmp_path: Path) -> None:
     start = time.monotonic()
     with opened(tmp_path / "in", speed=1, loop=3) as port:
         assert len(play(port)) == 6
-    assert time.monotonic() - start > 0.119
+    assert 0.119 < time.monotonic() - start < 10
 
 
 def test_far_time_stamps_wait_and_do_not_overflow(tmp_path: Path) -> None:
