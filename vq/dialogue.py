@@ -1,7 +1,7 @@
 """How the front-end role talks to a back-end: requests, the answers that are due, and the back-end's own requests.
 
 Flags, request, size and number of fds of every reply are checked, and every wait ends. What each request is for stands
-in `vq.frontend`.
+in `vq.frontend_messages`.
 
 Spec: vhost-user, "Communication", "Message specification".
 """

@@ -7,18 +7,16 @@ negotiate, share the memory, start, kick, wait, stop.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from vq import virtio as v
 from vq.closing import Closing
 from vq.errors import BackendError, UsageError
+from vq.frontend_messages import FrontendMessages, RingSetup
 from vq.payload import Region
 from vq_core.driver import Buffer, DriverQueue
 from vq_core.guest_memory import Block, GuestMemory
 from vq_core.notify import signal
-
-if TYPE_CHECKING:
-    from vq.frontend import Frontend
 
 __all__ = ["DriverGuest", "RingDriver"]
 
@@ -61,7 +59,7 @@ class DriverGuest(Closing):
     """
 
     def __init__(
-        self, frontend: Frontend, layout: str | None = None, features: int = 0, memory_bytes: int = MEMORY_BYTES
+        self, frontend: FrontendMessages, layout: str | None = None, features: int = 0, memory_bytes: int = MEMORY_BYTES
     ) -> None:
         check_layout(layout)
         self.frontend = frontend
@@ -126,8 +124,6 @@ class RingDriver(Closing):
 
     def start(self) -> None:
         """Start the ring where it stands, unless it runs."""
-        from vq.frontend import RingSetup
-
         if self._runs:
             return
         ring = self.ring

@@ -9,19 +9,28 @@ Spec: vhost-user, VHOST_USER_PROTOCOL_F_SHARED_OBJECT; VIRTIO 1.3, 2.12 (exporti
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import Protocol
 from uuid import UUID
 
 from vq.errors import UsageError, VqError
 from vq.message import BackendRequest
 from vq.request_queue import Done
 
-if TYPE_CHECKING:
-    from vq.backend_channel import BackendChannel
-
 __all__ = ["SharedObjects"]
 
 NIL = UUID(int=0)
+
+
+class Channel(Protocol):
+    """What of a `vq.backend_channel.BackendChannel` is needed here."""
+
+    def can_send(self, request: BackendRequest) -> bool: ...
+
+    def send(
+        self, request: BackendRequest, payload: bytes, *, need_reply: bool = False, done: Done | None = None
+    ) -> None: ...
+
+    def warn(self, message: str) -> None: ...
 
 
 class SharedObjects:
@@ -37,7 +46,7 @@ class SharedObjects:
     Threading: one control thread.
     """
 
-    def __init__(self, channel: BackendChannel) -> None:
+    def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._fds: dict[UUID, int] = {}
         self._told: set[UUID] = set()

@@ -18,7 +18,8 @@ HEAVY = {"asyncio", "cyclopts", "msgspec", "numpy", "pyroute2", "rich", "vq_core
 SANS_IO = ["effects", "message", "payload", "session", "offer", "region_table", "ring_state", "virtio"]
 SANS_IO += ["handle_device", "handle_features", "handle_memory", "handle_postcopy", "handle_rings"]
 SOCKETS = {"asyncio", "selectors", "socket", "ssl"}
-OUTER_ROOMS = {"vq.transport", "vq.endpoint", "vq.backend", "vq.frontend", "vq.pump", "vq.apply", "vq.cli"}
+OUTER_ROOMS = {"vq.transport", "vq.endpoint", "vq.backend", "vq.frontend", "vq.frontend_messages", "vq.pump"}
+OUTER_ROOMS |= {"vq.apply", "vq.cli"}
 
 
 def loaded_by(code: str) -> set[str]:
