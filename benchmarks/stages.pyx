@@ -25,7 +25,8 @@ from vq_core.net cimport net_header_check
 from vq_core.notify cimport notify_signal
 from vq_core.port cimport BURST_MAX, OFFLOAD_ALL, burst_t, endpoint_t, packet_t
 from vq_core.ports.vhost cimport VhostPort
-from vq_core.queue cimport Queue, queue_publish, queue_t
+from vq_core.queue cimport Queue
+from vq_core.queue_state cimport queue_publish, queue_t
 from vq_core.ring cimport (ring_begin, ring_commit, ring_look, ring_needs_call, ring_next_used, ring_use)
 from vq_core.virtio cimport (VIRTQ_AVAIL_F_NO_INTERRUPT, VIRTQ_PACKED_DESC_F_AVAIL, VIRTQ_PACKED_DESC_F_USED,
                              VIRTQ_PACKED_EVENT_FLAG_DESC, VIRTQ_PACKED_EVENT_FLAG_DISABLE, gpa_t, virtio_net_hdr_t,

@@ -15,4 +15,5 @@ from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_ALL, OFFLOAD_C
                            OFFLOAD_TSO6, OFFLOAD_UFO, OFFLOAD_USO4, OFFLOAD_USO6, PACKET_MAX, PORT_ABI, SEGMENTS_MAX,
                            Port, burst_t, endpoint_t, packet_t, segment_t)
 from vq_core.program cimport PROGRAM_ABI, VERDICT_DROP, VERDICT_PASS, VERDICT_REFLECT, Program, program_run_t
-from vq_core.queue cimport Queue, queue_t
+from vq_core.queue cimport Queue
+from vq_core.queue_state cimport queue_t

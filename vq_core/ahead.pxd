@@ -11,7 +11,7 @@ Thread: the worker that owns the queue.
 """
 from libc.stdint cimport uint32_t
 from vq_core.cursor cimport cursor_t
-from vq_core.queue cimport queue_t
+from vq_core.queue_state cimport queue_t
 
 cdef enum:
     AHEAD_LEAST = 16             # buffers of a receiveq

@@ -3,8 +3,8 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t
 from vq_core.iotlb cimport IOTLB_PAGE, IOTLB_READ, IOTLB_WRITE, iotlb_view
 from vq_core.misses cimport MISSES_MAX
-from vq_core.queue cimport (BROKEN_AVAIL_IDX, BROKEN_MEMORY_LOST, BROKEN_MISS, BROKEN_NOT, queue_break, queue_lost,
-                            queue_translate_part)
+from vq_core.queue_state cimport (BROKEN_AVAIL_IDX, BROKEN_MEMORY_LOST, BROKEN_MISS, BROKEN_NOT, queue_break,
+                                  queue_lost, queue_translate_part)
 from vq_core.ring cimport ring_begin, ring_look, ring_next_used, ring_pass
 from vq_core.virtio cimport VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
 

@@ -12,7 +12,7 @@ from libc.stdint cimport uint64_t
 from vq_core.blk_request cimport blk_request_t
 from vq_core.disk cimport disk_t
 from vq_core.pool cimport pool_t
-from vq_core.queue cimport queue_t
+from vq_core.queue_state cimport queue_t
 
 cdef enum:
     BLK_REQUESTS_MAX = 128       # under way at once

@@ -10,9 +10,9 @@ from vq_core.split cimport split_descriptor
 from vq_core.cursor cimport cursor_t
 from vq_core.iotlb cimport IOTLB_READ, IOTLB_WRITE
 from vq_core.pool cimport pool_submit
-from vq_core.queue cimport (BROKEN_AVAIL_IDX, BROKEN_HEAD, BROKEN_ID, BROKEN_IN_FLIGHT, BROKEN_MEMORY_LOST,
-                            queue_break, queue_comes_alive, queue_flush, queue_goes, queue_lost, queue_publish,
-                            queue_request_kick, queue_suppress_kicks, queue_t)
+from vq_core.queue_state cimport (BROKEN_AVAIL_IDX, BROKEN_HEAD, BROKEN_ID, BROKEN_IN_FLIGHT, BROKEN_MEMORY_LOST,
+                                  queue_break, queue_comes_alive, queue_flush, queue_goes, queue_lost, queue_publish,
+                                  queue_request_kick, queue_suppress_kicks, queue_t)
 from vq_core.ring cimport (ring_begin, ring_commit_take, ring_give_back, ring_has_more, ring_known, ring_look,
                            ring_next_used, ring_shadow_used, ring_t, ring_take)
 from vq_core.virtio cimport virtq_desc_t, virtq_packed_desc_t

@@ -13,7 +13,7 @@ from posix.uio cimport iovec
 from vq_core.chain cimport chain_t
 from vq_core.disk cimport disk_t
 from vq_core.pool cimport job_t
-from vq_core.queue cimport queue_t
+from vq_core.queue_state cimport queue_t
 from vq_core.virtio cimport gpa_t
 
 cdef enum:

@@ -11,8 +11,8 @@ from vq_core.disk cimport (DISK_ID_BYTES, SECTOR_BYTES, disk_discard, disk_flush
                            disk_write_zeroes)
 from vq_core.iotlb cimport IOTLB_READ, IOTLB_WRITE
 from vq_core.pool cimport job_t
-from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_REQUEST, queue_absent, queue_break, queue_fail, queue_t,
-                            queue_translate_part)
+from vq_core.queue_state cimport (BROKEN_ADDRESS, BROKEN_REQUEST, queue_absent, queue_break, queue_fail, queue_t,
+                                  queue_translate_part)
 from vq_core.virtio cimport VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
 
 

@@ -14,7 +14,8 @@ from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, e
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
 from vq_core.inflight cimport inflight_is_again
 from vq_core.pool cimport Pool, job_t, pool_collect, pool_submit, pool_withdraw
-from vq_core.queue cimport CHANGE_SUSPEND, Queue, queue_change_t, queue_run_change, queue_t
+from vq_core.queue cimport Queue
+from vq_core.queue_state cimport CHANGE_SUSPEND, queue_change_t, queue_run_change, queue_t
 
 import os
 

@@ -23,8 +23,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vq_core.arch cimport vq_snapshot16
 from vq_core.memory cimport memory_translate_near, region_t
 from vq_core.packed cimport packed_descriptor, packed_following, packed_table_entry
-from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_INDIRECT, BROKEN_LENGTH, BROKEN_LOOP, BROKEN_NEXT, BROKEN_NOT,
-                            BROKEN_ORDER, queue_t)
+from vq_core.queue_state cimport (BROKEN_ADDRESS, BROKEN_INDIRECT, BROKEN_LENGTH, BROKEN_LOOP, BROKEN_NEXT, BROKEN_NOT,
+                                  BROKEN_ORDER, queue_t)
 from vq_core.split cimport split_descriptor
 from vq_core.virtio cimport VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
 

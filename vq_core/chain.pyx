@@ -1,7 +1,7 @@
 """The steps of the chain cursor."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vq_core.iotlb cimport IOTLB_READ
-from vq_core.queue cimport queue_absent, queue_translate_part
+from vq_core.queue_state cimport queue_absent, queue_translate_part
 from vq_core.ring cimport ring_counts_slots
 
 

@@ -9,7 +9,7 @@ Owner: whoever has taken the chains. The memory map that the parts point into ha
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vq_core.dirty cimport dirty_t
-from vq_core.queue cimport queue_t
+from vq_core.queue_state cimport queue_t
 from vq_core.virtio cimport gpa_t, virtq_desc_t
 
 cdef struct part_t:

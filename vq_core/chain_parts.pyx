@@ -5,7 +5,7 @@ from libc.string cimport memcpy
 from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t
 from vq_core.dirty cimport dirty_mark, dirty_t
 from vq_core.memory cimport memory_translate_part
-from vq_core.queue cimport BROKEN_ADDRESS, BROKEN_ID, BROKEN_REFUSED, queue_break, queue_t
+from vq_core.queue_state cimport BROKEN_ADDRESS, BROKEN_ID, BROKEN_REFUSED, queue_break, queue_t
 from vq_core.virtio cimport VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t
 
 cdef enum:

@@ -10,7 +10,7 @@ goes nowhere (`life`).
 Owner: the control thread.
 """
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from vq_core.queue cimport queue_t
+from vq_core.queue_state cimport queue_t
 from vq_core.served_queue cimport ServedQueue
 from vq_core.virtio cimport gpa_t
 

@@ -7,9 +7,10 @@ from vq_core.chain cimport chain_begin, chain_end, chain_next, chain_t
 from vq_core.cursor cimport cursor_t
 from vq_core.dirty cimport dirty_mark
 from vq_core.memory cimport memory_translate_part
-from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_HEAD, BROKEN_ID, BROKEN_MEMORY_LOST,
-                            BROKEN_REQUEST, Queue, queue_break, queue_comes_alive, queue_lost,
-                            queue_suppress_kicks, queue_t)
+from vq_core.queue cimport Queue
+from vq_core.queue_state cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_HEAD, BROKEN_ID, BROKEN_MEMORY_LOST,
+                                  BROKEN_REQUEST, queue_break, queue_comes_alive, queue_lost, queue_suppress_kicks,
+                                  queue_t)
 from vq_core.ring cimport ring_begin, ring_commit_take, ring_give_back, ring_look, ring_t, ring_take
 from vq_core.served_queue cimport ServedQueue
 from vq_core.virtio cimport VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t

@@ -10,7 +10,7 @@ Requests are answered in their order, so that a ring resumes at its used index a
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from vq_core.handover cimport Mailbox
-from vq_core.queue cimport queue_t
+from vq_core.queue_state cimport queue_t
 
 cdef enum:
     CHAIN_ABI = 1                # of exchange_t and ChainWorker.answer

@@ -6,8 +6,9 @@ from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_r
 from vq_core.chain_queue cimport request_answer, request_t, request_take
 from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
 from vq_core.handover cimport Mailbox, handover_run, mailbox_poll, mailbox_t
-from vq_core.queue cimport (BROKEN_REFUSED, Queue, queue_break, queue_flush, queue_lost, queue_publish,
-                            queue_request_kick, queue_t)
+from vq_core.queue cimport Queue
+from vq_core.queue_state cimport (BROKEN_REFUSED, queue_break, queue_flush, queue_lost, queue_publish,
+                                  queue_request_kick, queue_t)
 from vq_core.ring cimport ring_give_back, ring_has_more, ring_known, ring_next_used, ring_shadow_used
 
 import os

@@ -5,7 +5,7 @@ from libc.stdlib cimport calloc, free
 from vq_core.chain_parts cimport parts_mark, parts_read, parts_t, parts_write, span_t
 from vq_core.packet_arrays cimport PacketArrays
 from vq_core.packet_rows cimport PacketRows
-from vq_core.queue cimport queue_t
+from vq_core.queue_state cimport queue_t
 from vq_core.ring cimport ring_give_back
 from vq_core.taken cimport Taken, TakingQueue
 

@@ -4,7 +4,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, P
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from vq_core.chain_parts cimport parts_mark, parts_read, parts_write
-from vq_core.queue cimport BROKEN_REFUSED, queue_break, queue_t
+from vq_core.queue_state cimport BROKEN_REFUSED, queue_break, queue_t
 from vq_core.ring cimport ring_give_back
 from vq_core.taken cimport Taken
 

@@ -1,7 +1,8 @@
 """What a queue that the control thread serves waits for, shows and asks."""
 from cpython.exc cimport PyErr_SetFromErrno
 from vq_core.epoll cimport EPOLL_CLOEXEC, EPOLLIN, epoll_create1, epoll_event, epoll_move, epoll_wait
-from vq_core.queue cimport Queue, queue_flush, queue_lost, queue_publish, queue_request_kick, queue_t
+from vq_core.queue cimport Queue
+from vq_core.queue_state cimport queue_flush, queue_lost, queue_publish, queue_request_kick, queue_t
 from vq_core.ring cimport ring_has_more, ring_known, ring_next_used, ring_shadow_used
 from vq_core.timer import Timer
 

@@ -12,7 +12,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from vq_core.chain_parts cimport parts_t, span_t
 from vq_core.cursor cimport cursor_t
 from vq_core.memory cimport MemoryMap
-from vq_core.queue cimport queue_t
+from vq_core.queue_state cimport queue_t
 from vq_core.served_queue cimport ServedQueue
 
 cdef class Taken:

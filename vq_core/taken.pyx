@@ -4,8 +4,9 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport uint16_t, uint64_t
 from libc.stdlib cimport free
 from vq_core.chain_parts cimport parts_t, parts_walk, span_t
-from vq_core.queue cimport (BROKEN_AVAIL_IDX, BROKEN_DEVICE, BROKEN_HEAD, BROKEN_MEMORY_LOST, Queue, queue_break,
-                            queue_comes_alive, queue_lost, queue_suppress_kicks, queue_t)
+from vq_core.queue cimport Queue
+from vq_core.queue_state cimport (BROKEN_AVAIL_IDX, BROKEN_DEVICE, BROKEN_HEAD, BROKEN_MEMORY_LOST, queue_break,
+                                  queue_comes_alive, queue_lost, queue_suppress_kicks, queue_t)
 from vq_core.ring cimport (ring_begin, ring_commit_take, ring_has_more, ring_known, ring_look, ring_next,
                            ring_next_used, ring_shadow_used, ring_t, ring_take, ring_untake)
 from vq_core.served_queue cimport ServedQueue

@@ -17,7 +17,8 @@ from vq_core.inflight cimport InflightQueue, InflightRegion
 from vq_core.inflight_restart cimport inflight_resume
 from vq_core.memory cimport MemoryMap
 from vq_core.pool cimport job_t, pool_withdraw
-from vq_core.queue cimport Queue, queue_change_t, queue_place
+from vq_core.queue cimport Queue
+from vq_core.queue_state cimport queue_change_t, queue_place
 
 cdef queue_change_t change
 cdef InflightQueue tracking

@@ -39,7 +39,7 @@ from vq_core.offload cimport Offload, checksum_add, checksum_fold, offload_push
 from vq_core.port cimport (ARM_PULL, ARM_PUSH, BURST_MAX, OFFLOAD_ALL, SEGMENTS_MAX, Port, burst_t, endpoint_t,
                            packet_t, segment_t)
 from vq_core.ports.vhost cimport VhostPort
-from vq_core.queue cimport queue_t
+from vq_core.queue_state cimport queue_t
 from vq_core.switch cimport SwitchLane, switch_forward
 from vq_core.virtio cimport virtq_desc_t
 from vq_core.wait cimport wait_drain

@@ -12,8 +12,9 @@ from vq_core.ports.vhost_filter cimport vhost_push_filtered
 from vq_core.ports.vhost_pair cimport ERRAND_AHEAD, ERRAND_RARP, RARP_BYTES, pair_lost, pair_t
 from vq_core.ports.vhost_pull cimport vhost_pull, vhost_release
 from vq_core.ports.vhost_push cimport vhost_push, vhost_room
-from vq_core.queue cimport (BROKEN_NOT, CHANGE_EPOLL, Peer, Queue, queue_apply, queue_change_t, queue_flush,
-                            queue_goes, queue_request_kick, queue_t, queue_takes, queue_waits)
+from vq_core.queue cimport Peer, Queue
+from vq_core.queue_state cimport (BROKEN_NOT, CHANGE_EPOLL, queue_apply, queue_change_t, queue_flush, queue_goes,
+                                  queue_request_kick, queue_t, queue_takes, queue_waits)
 from vq_core.receive_filter cimport ReceiveFilter, receive_filter_t
 from vq_core.ring cimport ring_has_more, ring_known
 from vq_core.virtio cimport VIRTIO_F_ACCESS_PLATFORM, has_feature

@@ -3,7 +3,7 @@ from vq_core.counters cimport DROP_FILTERED
 from vq_core.port cimport endpoint_t, packet_t
 from vq_core.ports.vhost_pair cimport pair_t
 from vq_core.ports.vhost_push cimport vhost_push
-from vq_core.queue cimport queue_comes_alive
+from vq_core.queue_state cimport queue_comes_alive
 from vq_core.receive_filter cimport filter_passes
 
 

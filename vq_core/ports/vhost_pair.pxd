@@ -4,7 +4,7 @@ Owner: the worker of the endpoint; the control thread changes a pair only by han
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from vq_core.port cimport endpoint_t
-from vq_core.queue cimport BROKEN_AVAIL_IDX, BROKEN_ID, BROKEN_MEMORY_LOST, queue_break, queue_lost, queue_t
+from vq_core.queue_state cimport BROKEN_AVAIL_IDX, BROKEN_ID, BROKEN_MEMORY_LOST, queue_break, queue_lost, queue_t
 from vq_core.receive_filter cimport receive_filter_t
 
 cdef enum:

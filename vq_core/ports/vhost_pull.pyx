@@ -14,9 +14,9 @@ from vq_core.notify cimport notify_signal
 from vq_core.port cimport BURST_MAX, PACKET_MAX, SEGMENTS_MAX, burst_t, endpoint_t, packet_t
 from vq_core.ports.vhost_pair cimport (BROKE, BURST_FULL, DONE, DROPPED, ERRAND_RARP, HEADER_MAX, HEADER_MIN,
                                        RARP_BYTES, pair_id_is_wrong, pair_lost, pair_no_entries, pair_t)
-from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_HEAD, BROKEN_MEMORY_LOST, BROKEN_NOT, queue_absent, queue_break,
-                            queue_comes_alive, queue_fail, queue_flush, queue_goes, queue_publish,
-                            queue_suppress_kicks, queue_t, queue_translate_part, queue_waits)
+from vq_core.queue_state cimport (BROKEN_ADDRESS, BROKEN_HEAD, BROKEN_MEMORY_LOST, BROKEN_NOT, queue_absent,
+                                  queue_break, queue_comes_alive, queue_fail, queue_flush, queue_goes, queue_publish,
+                                  queue_suppress_kicks, queue_t, queue_translate_part, queue_waits)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_counts_slots, ring_look, ring_next_used, ring_position,
                            ring_prefetch, ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE, gpa_t, virtq_desc_t

@@ -15,10 +15,10 @@ from vq_core.net cimport net_header_bytes
 from vq_core.port cimport BURST_MAX, ROOM_PAUSES, endpoint_t, packet_t
 from vq_core.ports.vhost_pair cimport (BROKE, DONE, DROPPED, HEADER_MAX, HEADER_MIN, NO_ROOM, pair_id_is_wrong,
                                        pair_lost, pair_no_entries, pair_t)
-from vq_core.queue cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_LOOP,
-                            BROKEN_MEMORY_LOST, BROKEN_MISS, BROKEN_NOT, queue_absent, queue_break, queue_comes_alive,
-                            queue_fail, queue_pauses, queue_publish, queue_suppress_kicks, queue_t,
-                            queue_translate_part)
+from vq_core.queue_state cimport (BROKEN_ADDRESS, BROKEN_AVAIL_IDX, BROKEN_DIRECTION, BROKEN_HEAD, BROKEN_LOOP,
+                                  BROKEN_MEMORY_LOST, BROKEN_MISS, BROKEN_NOT, queue_absent, queue_break,
+                                  queue_comes_alive, queue_fail, queue_pauses, queue_publish, queue_suppress_kicks,
+                                  queue_t, queue_translate_part)
 from vq_core.ring cimport (ring_begin, ring_commit, ring_is_full, ring_look, ring_more, ring_next_used, ring_prefetch,
                            ring_prefetch_used, ring_ready, ring_remember, ring_shadow_used, ring_t, ring_use)
 from vq_core.virtio cimport (VIRTIO_NET_F_MRG_RXBUF, VIRTQ_DESC_F_WRITE, gpa_t, has_feature, virtio_net_hdr_t,
