@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from vq.errors import UsageError
-from vq_core.program import Burst, Program, PythonProgram, bind, is_compiled
+from vq_core.code_address import is_compiled
+from vq_core.program import Burst, Program, PythonProgram, bind
 
 __all__ = ["as_program", "load_program"]
 
@@ -37,6 +39,9 @@ def as_program(found: Program | Callable[[Burst], Any] | None, name: str = "") -
     if is_compiled(found) or not callable(found):
         what = f"program {name or found!r} is of type {type(found).__name__}"
         raise UsageError(f"{what}; wrap compiled code: vq.NativeProgram(function, abi=1), or give a Python function")
+    if inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
+        kind = "coroutine" if inspect.iscoroutinefunction(found) else "generator"
+        raise UsageError(f"program {name or found!r} is a {kind}, which nobody runs; write a plain function")
     return PythonProgram(found, name)
 
 

@@ -47,6 +47,7 @@ cdef class PythonProgram(Program):
 
 cdef class Burst(PacketArrays):
     cdef const packet_t* _packets    # NULL: the call is over
+    cdef unsigned long _thread       # that makes the call
     cdef object _own_lengths     # what we write; what others see is a view
     cdef uint32_t[::1] _length_row
     cdef object _verdicts

@@ -1,11 +1,12 @@
 """Programs of several kinds, and what one in Python sees of a burst."""
-from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetName, PyCapsule_GetPointer
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 from vq_core.packet_arrays cimport PacketArrays
 from vq_core.port cimport BURST_MAX, packet_t
 
-import ctypes
+from vq_core.code_address import code_address
+
 import logging
 
 import numpy as np
@@ -23,9 +24,6 @@ ABI = PROGRAM_ABI
 PASS = VERDICT_PASS
 REFLECT = VERDICT_REFLECT
 DROP = VERDICT_DROP
-
-# What Cython calls the type of a function that fulfils the contract, in a capsule of `__pyx_capi__`.
-SIGNATURE = "uint32_t (void *, struct __pyx_t_7vq_core_4port_packet_t const *, uint16_t *, uint32_t)"
 
 UINT16 = np.dtype(np.uint16)
 
@@ -67,9 +65,9 @@ cdef class NativeProgram(Program):
 
     Parameters
     ----------
-    function : int, ctypes function, numba.cfunc, or capsule
-        Its address, or something that has one: of Cython take ``module.__pyx_capi__["name"]``, of cffi
-        ``int(ffi.cast("uintptr_t", function))``. It is kept as long as this.
+    function : int, ctypes function, cffi function, numba.cfunc, or capsule
+        Its address, or something that has one: of Cython take ``module.__pyx_capi__["name"]``. It is kept as long as
+        this.
     abi : int
         VQ_PROGRAM_ABI of the header that it was written by.
     state : int
@@ -80,43 +78,21 @@ cdef class NativeProgram(Program):
     Raises
     ------
     ValueError
-        It was made for another ABI, or is nothing with an address.
+        It was made for another ABI, or is nothing with an address, or no code lies there.
     """
 
     def __cinit__(self, function, *, int abi, uintptr_t state=0, str name=""):
-        cdef uintptr_t address
         if abi != PROGRAM_ABI:
             raise ValueError(f"the program was made for ABI {abi}, this is {PROGRAM_ABI}: build it by the "
                              "vq_program.h of this version")
-        if PyCapsule_CheckExact(function):
-            found = (PyCapsule_GetName(function) or b"").decode()
-            if found != SIGNATURE:
-                raise ValueError(f"the program is a function {found}; it must be {SIGNATURE}")
-            address = <uintptr_t>PyCapsule_GetPointer(function, PyCapsule_GetName(function))
-        elif isinstance(function, int):
-            address = function
-        elif hasattr(function, "address"):
-            address = function.address
-        elif isinstance(function, ctypes._CFuncPtr):
-            address = ctypes.cast(function, ctypes.c_void_p).value or 0
-        else:
-            raise ValueError(f"the program is {function!r}; it must be an address, a ctypes function, a numba.cfunc or "
-                             "a capsule of Cython")
-        if not address:
-            raise ValueError("the program has the address 0")
-        self.program.run = <program_run_t>address
+        self.program.run = <program_run_t><uintptr_t>code_address(function)
         self.program.state = <void*>state
         self.name = name or getattr(function, "__name__", "native")
         self._keep = function
 
 
-def is_compiled(function):
-    """Whether something is code that `NativeProgram` takes, though Python could call it too."""
-    return hasattr(function, "address") or isinstance(function, ctypes._CFuncPtr)
-
-
 cdef class Burst(PacketArrays):
-    """What a program in Python sees: up to 32 packets, valid during its call."""
+    """What a program in Python sees: up to 32 packets, valid during its call and for its thread."""
 
     def __cinit__(self):
         self._room = BURST_MAX
@@ -130,6 +106,9 @@ cdef class Burst(PacketArrays):
     cdef int _check(self) except -1:
         if self._packets == NULL:
             raise ValueError("the burst is over; a program must not keep it")
+        if self._thread != <unsigned long>PyThread_get_thread_ident():
+            raise ValueError("the burst belongs to the call of its program, which may end at any time; give copies of "
+                             "arrays to other threads")
         return 0
 
     cdef uint32_t _length(self, uint32_t i) noexcept nogil:
@@ -233,6 +212,7 @@ cdef class PythonProgram(Program):
                 burst._length_row[i] = packets[i].length
             burst.count = count
             burst._packets = packets
+            burst._thread = <unsigned long>PyThread_get_thread_ident()
             try:
                 answer = self._function(burst)
                 if answer is None:

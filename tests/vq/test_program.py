@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,25 @@ def test_compiled_programs(library: ctypes.CDLL) -> None:
 
 
 def test_a_program_of_cffi(library: ctypes.CDLL) -> None:
-    """As somebody has it who knows functions of C by cffi: an address."""
+    """As somebody has it who knows functions of C by cffi: the function, or its address."""
     ffi = cffi.FFI()
     ffi.cdef("uint32_t every_other(void *, const void *, uint16_t *, uint32_t);")
     function = ffi.dlopen(library._name).every_other
-    program = vq.NativeProgram(int(ffi.cast("uintptr_t", function)), abi=1, name="every other")
-    found = run(["gen:count=1000,size=64", "null:"], program)
-    assert found["null"]["to_null"]["packets"] == 500
+    for given in (function, int(ffi.cast("uintptr_t", function))):
+        program = vq.NativeProgram(given, abi=1, name="every other")
+        found = run(["gen:count=1000,size=64", "null:"], program)
+        assert found["null"]["to_null"]["packets"] == 500
+    with pytest.raises(vq.UsageError, match="wrap compiled code"):
+        as_program(function)
+
+
+def test_addresses_without_code(library: ctypes.CDLL) -> None:
+    data = ctypes.c_uint64(0)
+    for given in (0, 1, 4096, -1, 1 << 70, ctypes.addressof(data)):
+        with pytest.raises(ValueError, match="where no code lies"):
+            vq.NativeProgram(given, abi=1)
+    with pytest.raises(ValueError, match="must be an address"):
+        vq.NativeProgram(True, abi=1)
 
 
 def test_a_program_that_writes_anything_sends_nothing_astray(library: ctypes.CDLL) -> None:
@@ -244,6 +257,39 @@ def test_a_program_that_raises_drops_everything(caplog: pytest.LogCaptureFixture
     for use in (lambda: kept[0].lengths, lambda: kept[0].heads(4), lambda: kept[0].verdicts):
         with pytest.raises(ValueError, match="burst is over"):
             use()
+
+
+def test_a_burst_is_refused_to_other_threads() -> None:
+    """Which would look at packets that may have gone meanwhile."""
+    errors: list[str] = []
+
+    def look(burst: vq.Burst) -> None:
+        def elsewhere() -> None:
+            for use in (lambda: burst.lengths, lambda: burst.heads(4), burst.gather, lambda: burst.verdicts):
+                with pytest.raises(ValueError, match="give copies of arrays to other threads") as caught:
+                    use()
+                errors.append(str(caught.value))
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    run(["gen:count=10,size=64", "null:"], look)
+    assert len(errors) >= 4
+
+
+async def awaited(burst: vq.Burst) -> None:
+    """What a newcomer to asyncio may write."""
+
+
+def yielded(burst: vq.Burst) -> Any:
+    yield burst.verdicts
+
+
+@pytest.mark.parametrize(("program", "kind"), [(awaited, "coroutine"), (yielded, "generator")])
+def test_what_is_not_run_by_a_call_is_refused(program: Any, kind: str) -> None:
+    with pytest.raises(vq.UsageError, match=f"is a {kind}, which nobody runs"):
+        as_program(program)
 
 
 WRONG: list[Callable[[int], Any]] = [
