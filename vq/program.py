@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,7 +57,8 @@ def load_program(words: str) -> Program:
     place, separator, name = words.rpartition(":")
     if not separator or not place or not name.isidentifier():
         raise UsageError(f"program {words!r}; write module:function or path/to/file.py:function")
-    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    with redirect_stdout(sys.stderr):  # what a module prints is no part of results, which may be JSON
+        module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     try:
         found = getattr(module, name)
     except AttributeError:

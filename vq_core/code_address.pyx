@@ -5,7 +5,7 @@ from libc.stdint cimport uintptr_t
 import ctypes
 
 # What Cython calls the type of a function that fulfils the contract, in a capsule of `__pyx_capi__`.
-SIGNATURE = "uint32_t (void *, struct __pyx_t_7vq_core_4port_packet_t const *, uint16_t *, uint32_t)"
+_SIGNATURE = "uint32_t (void *, struct __pyx_t_7vq_core_4port_packet_t const *, uint16_t *, uint32_t)"
 
 
 cdef bint _of_cffi(function):
@@ -37,8 +37,8 @@ def code_address(function):
     """
     if PyCapsule_CheckExact(function):
         found = (PyCapsule_GetName(function) or b"").decode()
-        if found != SIGNATURE:
-            raise ValueError(f"the program is a function {found}; it must be {SIGNATURE}")
+        if found != _SIGNATURE:
+            raise ValueError(f"the program is a function {found}; it must be {_SIGNATURE}")
         return <uintptr_t>PyCapsule_GetPointer(function, PyCapsule_GetName(function))
     if isinstance(function, int) and not isinstance(function, bool):
         address = function

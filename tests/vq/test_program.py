@@ -292,6 +292,12 @@ def test_what_is_not_run_by_a_call_is_refused(program: Any, kind: str) -> None:
         as_program(program)
 
 
+def test_what_a_module_prints_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "talks.py").write_text("print('hello')\ndef one(burst): pass\n")
+    load_program(f"{tmp_path / 'talks.py'}:one")
+    assert capsys.readouterr() == ("", "hello\n")
+
+
 WRONG: list[Callable[[int], Any]] = [
     lambda count: np.zeros(3, int),
     lambda count: "text",
