@@ -5,7 +5,7 @@ from libc.string cimport memcpy, memset
 from vq_core.packet_arrays cimport PacketArrays
 from vq_core.port cimport BURST_MAX, packet_t
 
-from vq_core.code_address import code_address
+from vq_core.code_address import code_address as _code_address
 
 import logging
 
@@ -85,7 +85,7 @@ cdef class NativeProgram(Program):
         if abi != PROGRAM_ABI:
             raise ValueError(f"the program was made for ABI {abi}, this is {PROGRAM_ABI}: build it by the "
                              "vq_program.h of this version")
-        self.program.run = <program_run_t><uintptr_t>code_address(function)
+        self.program.run = <program_run_t><uintptr_t>_code_address(function)
         self.program.state = <void*>state
         self.name = name or getattr(function, "__name__", "native")
         self._keep = function
