@@ -10,7 +10,6 @@ ABI: int
 PASS: int
 REFLECT: int
 DROP: int
-SIGNATURE: str
 UINT16: dtype[uint16]
 
 class Program:
