@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import resource
+import select
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ import vq
 from driver_rig import every_layout
 from vhost_rig import open_fds
 from vq.devices.vsock import ANSWERS_MAX, BUFFER, STREAMS_MAX, VsockDevice
+from vq.devices.vsock_callers import CALLERS_MAX
 from vq.devices.vsock_stream import HEADER, HOST, NO_RECEIVE, NO_SEND, Op, Packet
 from vq.testing import Guest, serving
 from vq_core.timer import Timer
@@ -188,6 +190,81 @@ def test_a_caller_that_gives_up_is_forgotten(peer: Peer) -> None:
     assert peer.heard() == [(Op.RST, b"")]
 
 
+def test_callers_who_say_nothing_keep_nobody_out(peer: Peer) -> None:
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(CALLERS_MAX)]
+    for sock in silent:
+        sock.connect(peer.path)  # waits while too many are to be accepted
+        sock.settimeout(60)
+    wait_for(lambda: len(callers_of(peer)) == CALLERS_MAX)
+    caller, packet = dial(peer)
+    assert (packet.op, packet.dst_port) == (Op.REQUEST, 1234)
+    assert silent[0].recv(100) == b""  # it has waited longest
+    for sock in (caller, *silent):
+        sock.close()
+
+
+def callers_of(peer: Peer) -> dict[int, object]:
+    assert peer.device._callers is not None
+    return dict(peer.device._callers._callers)
+
+
+def test_callers_who_say_nothing_are_sent_away(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vq.devices.vsock_callers.PATIENCE_S", 0.05)
+    for words in (b"", b"CONNECT 12"):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(60)
+            sock.connect(peer.path)
+            sock.sendall(words)
+            assert sock.recv(100) == b""
+
+
+def test_half_a_line_wakes_nobody_for_ever(tmp_path: Path) -> None:
+    """What a caller has said is taken even if the rest is missing, byte by byte too; nothing is ready after that."""
+    device = VsockDevice(CID, str(tmp_path / "v"))
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(str(tmp_path / "v"))
+        for byte in b"CONNECT 77":
+            caller.sendall(bytes([byte]))
+            device.serve_requests()
+            assert not select.select([device.requests_fd], [], [], 0)[0]
+        caller.sendall(b"\nmore")
+        device.serve_requests()
+        ((port, _),) = device._streams
+        assert port == 77
+    device.close()
+
+
+def test_streams_end_when_another_driver_takes_over(peer: Peer, server: socket.socket) -> None:
+    """As after a reboot of the guest, of which not every front-end tells; who calls goes on calling."""
+    stream = connect(peer, server)
+    guest = peer.guest
+    for index in (0, 1):
+        guest.stop(index)
+    caller = socket.socket(socket.AF_UNIX)
+    caller.settimeout(60)
+    caller.connect(peer.path)
+    caller.sendall(b"CONNECT 1234\n")
+    for index in (0, 1):
+        guest.drivers[index].reset()
+        guest.start(index)
+    peer.offer(4)
+    ((packet, _),) = peer.packets()
+    assert packet.op == Op.REQUEST
+    peer.say(Op.RESPONSE, port=1234, dst_port=packet.src_port)
+    assert caller.recv(100).startswith(b"OK ")
+    assert stream.recv(100) == b""
+    assert peer.silent()
+    caller.close()
+
+
+def test_streams_live_on_when_a_ring_goes_on_where_it_stood(peer: Peer, server: socket.socket) -> None:
+    stream = connect(peer, server)
+    for index in (0, 1):
+        peer.guest.start(index, peer.guest.stop(index))
+    peer.say(Op.RW, b"still there")
+    assert stream.recv(100) == b"still there"
+
+
 # -- credit --
 
 
@@ -205,6 +282,15 @@ def test_no_more_goes_to_the_guest_than_it_has_room_for(peer: Peer, server: sock
         peer.say(Op.CREDIT_UPDATE, buf=10)
         stream.sendall(b"x")
         assert peer.heard() == [(Op.CREDIT_REQUEST, b"")]
+
+
+def test_a_guest_that_will_receive_nothing_gets_nothing_with_new_credit(peer: Peer, server: socket.socket) -> None:
+    with connect(peer, server, buf_alloc=10) as stream:
+        stream.sendall(bytes(20))
+        assert peer.heard(2) == [(Op.RW, bytes(10)), (Op.CREDIT_REQUEST, b"")]
+        peer.say(Op.SHUTDOWN, flags=NO_RECEIVE, buf=10)
+        peer.say(Op.CREDIT_UPDATE)
+        assert peer.silent()
 
 
 def test_what_the_host_does_not_read_is_bounded(peer: Peer, server: socket.socket) -> None:
@@ -342,8 +428,9 @@ class Noting:
 def test_callers_wait_while_there_are_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     peer = Peer(tmp_path)
-    timer = peer.device._pause
-    monkeypatch.setattr(peer.device, "_pause", Noting(timer, pauses))
+    callers = peer.device._callers
+    assert callers is not None
+    monkeypatch.setattr(callers, "_pause", Noting(callers._pause, pauses))
     gc.collect()
     with socket.socket(socket.AF_UNIX) as caller:
         caller.settimeout(60)
@@ -394,6 +481,18 @@ def test_any_packets_do_no_harm(peer: Peer, server: socket.socket, seed: int) ->
     for sock in socks:
         sock.close()
     peer.guest.frontend.barrier()
+
+
+@pytest.mark.parametrize("cid", [-1, 0, 1, 2, 0xFFFFFFFF, 1 << 32])
+def test_a_cid_that_no_guest_has_is_refused(tmp_path: Path, cid: int) -> None:
+    with pytest.raises(vq.UsageError, match="a guest's CID is 3 to 4294967294"):
+        VsockDevice(cid, str(tmp_path / "v"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_path_without_room_for_a_port_is_refused() -> None:
+    with pytest.raises(vq.ResourceError, match="with the longest port"):
+        VsockDevice(CID, "/nowhere/" + "x" * 88)
 
 
 def test_a_path_that_is_taken_is_an_error(tmp_path: Path) -> None:

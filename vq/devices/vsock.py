@@ -11,21 +11,23 @@ has sent, for each stream. What the host sends stays in its socket until the gue
 from __future__ import annotations
 
 import itertools
+import os
 import select
 import socket
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 from vq.config_layout import ConfigLayout, le64
 from vq.device import Device
+from vq.devices.vsock_callers import Callers
 from vq.devices.vsock_stream import HEADER, HOST, NO_RECEIVE, NO_SEND, STREAM, Op, Packet, Stream
-from vq.endpoint import Listener, listen
-from vq.errors import ResourceError
+from vq.endpoint import PATH_MAX
+from vq.errors import ResourceError, UsageError
 from vq.virtio import DeviceId
 from vq_core.device_chain import DeviceChain
 from vq_core.device_queue import DeviceQueue
-from vq_core.timer import Timer
 
 __all__ = ["VsockDevice"]
 
@@ -34,8 +36,8 @@ BUFFER: Final = 256 << 10  # bytes of a guest that wait for the host's program, 
 STREAMS_MAX: Final = 1024
 ANSWERS_MAX: Final = 256  # packets without data that wait for a buffer of the guest
 DATA_MAX: Final = 64 << 10  # bytes of one packet
-PAUSE_S: Final = 0.1
-WORDS_MAX: Final = 32  # bytes of "CONNECT P"
+CID_FIRST, CID_LAST = 3, 0xFFFFFFFE  # below are the host and what is reserved, above is "any" (5.10.4)
+LONGEST: Final = "_4294967295"  # behind the path
 
 
 class VsockDevice(Device):
@@ -44,18 +46,21 @@ class VsockDevice(Device):
     Parameters
     ----------
     cid : int
-        Of the guest, 3 and up: what programs in it see as their own address.
+        Of the guest, 3 to 4294967294: what programs in it see as their own address.
     path : str
-        Where programs of the host connect; ``PATH_P`` are those that the guest reaches.
+        Where programs of the host connect; ``PATH_P`` are those that the guest reaches. Up to 96 bytes.
 
     Raises
     ------
-    ResourceError, UsageError
-        The path cannot be listened on.
+    UsageError
+        The CID cannot be a guest's.
+    ResourceError
+        The path cannot be listened on, or is too long.
 
     Notes
     -----
-    Streams end with the front-end's connection, and do not move with a live migration.
+    Streams end with the front-end's connection and when another driver takes over, as after a reboot of the guest; they
+    do not move with a live migration.
     """
 
     device_id = DeviceId.VSOCK
@@ -67,24 +72,25 @@ class VsockDevice(Device):
 
         guest_cid: le64
 
-    _listener: Listener | None = None  # while it is not closed
+    _callers: Callers | None = None  # while they are listened for
 
     def __init__(self, cid: int, path: str) -> None:
+        if not CID_FIRST <= cid <= CID_LAST:
+            raise UsageError(f"a guest's CID is {CID_FIRST} to {CID_LAST}, not {cid}")
+        size = len(os.fsencode(path + LONGEST))
+        if size > PATH_MAX:
+            remedy = f"with {LONGEST} behind it, it may have {PATH_MAX}; use a shorter directory"
+            raise ResourceError(f"the path has {size} bytes with the longest port", path=path, remedy=remedy)
         self.config.guest_cid = self._cid = cid
         self._path = path
         self._streams: dict[tuple[int, int], Stream] = {}
-        self._callers: dict[int, socket.socket] = {}  # that have not said yet whom they want, by descriptor
         self._by_fd: dict[int, Stream] = {}
         self._ready: dict[Stream, None] = {}  # whose sockets have something for the guest, in turns
         self._answers: deque[tuple[tuple[int, int], Op, int]] = deque()
         self._spare: DeviceChain | None = None  # a buffer of the guest, for the next packet
         self._ports = itertools.cycle(range(1 << 30, 1 << 31))
-        self._listener = listen(path)
-        self._listening = self._listener.fileno()
         self._events = select.epoll()
-        self._events.register(self._listening, select.EPOLLIN)
-        self._pause = Timer()  # until the next accept after one that failed
-        self._events.register(self._pause.fileno(), select.EPOLLIN)
+        self._callers = Callers(path, self._events, self._dial)
         self.watch(self._events.fileno(), self._look)
 
     # -- from the guest --
@@ -93,6 +99,9 @@ class VsockDevice(Device):
         if queue.index == RECEIVEQ:
             self._flush()
         elif queue.index == TRANSMITQ:
+            # Both at their very beginning: the driver is another one, whatever the front-end says.
+            if queue.begun() and self.chains[RECEIVEQ].begun():
+                self._end_streams(lambda stream: not stream.calling)
             # What is answered needs a buffer: a guest that has none is not listened to.
             while len(self._answers) < ANSWERS_MAX and (chain := next(queue, None)):
                 self._take(chain)
@@ -125,7 +134,7 @@ class VsockDevice(Device):
 
     def _call(self, key: tuple[int, int], packet: Packet) -> bool:
         """The guest calls a port of the host."""
-        if len(self._streams) + len(self._callers) >= STREAMS_MAX:
+        if len(self._streams) >= STREAMS_MAX:
             return False
         try:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -163,6 +172,7 @@ class VsockDevice(Device):
                 stream.guest_done |= packet.flags & (NO_RECEIVE | NO_SEND)
                 if stream.guest_done & NO_RECEIVE and not stream.host_done:
                     self._ready.pop(stream, None)
+                    stream.starved = False
                     stream.host_done = NO_SEND
                     with suppress(OSError):
                         stream.sock.shutdown(socket.SHUT_RD)
@@ -264,54 +274,22 @@ class VsockDevice(Device):
     # -- from the host --
 
     def _look(self) -> None:
-        for fd, events in self._events.poll(0):
+        callers = self._callers
+        assert callers is not None
+        # The listener last: a descriptor that it brings may have the number of one that has just gone.
+        for fd, events in sorted(self._events.poll(0), key=lambda found: callers.listens(found[0])):
             stream = self._by_fd.get(fd)
-            if fd == self._listening:
-                self._accept()
-            elif fd == self._pause.fileno():
-                self._pause.clear()
-                self._events.modify(self._listening, select.EPOLLIN)
-            elif fd in self._callers:
-                self._listen_to(fd)
-            elif stream is not None:
+            if stream is not None:
                 self._stir(stream, events)
+            else:
+                callers.dispatch(fd)
         self._flush()
 
-    def _accept(self) -> None:
-        while self._listener is not None:
-            try:
-                sock = self._listener.accept_socket()
-            except ResourceError:  # too many files are open
-                self._events.modify(self._listening, 0)
-                self._pause.set(PAUSE_S)
-                return
-            if sock is None:
-                return
-            if len(self._streams) + len(self._callers) >= STREAMS_MAX or len(self._answers) >= ANSWERS_MAX:
-                sock.close()
-                continue
-            sock.setblocking(False)
-            self._callers[sock.fileno()] = sock
-            self._events.register(sock.fileno(), select.EPOLLIN)
-
-    def _listen_to(self, fd: int) -> None:
-        """A program of the host says whom it wants."""
-        sock = self._callers[fd]
-        with suppress(OSError, ValueError):
-            words = sock.recv(WORDS_MAX, socket.MSG_PEEK)
-            line, end, _ = words.partition(b"\n")
-            if end and line.startswith(b"CONNECT ") and 0 <= int(line[8:]) < 1 << 32:
-                sock.recv(len(line) + 1)
-                del self._callers[fd]
-                self._events.unregister(fd)
-                self._dial(sock, int(line[8:]))
-                return
-            if words and not end and len(words) < WORDS_MAX:
-                return  # the rest is on its way
-        del self._callers[fd]
-        sock.close()
-
     def _dial(self, sock: socket.socket, port: int) -> None:
+        """A program of the host calls a port of the guest."""
+        if len(self._streams) >= STREAMS_MAX or len(self._answers) >= ANSWERS_MAX:
+            sock.close()
+            return
         key = next(key for number in self._ports if (key := (port, number)) not in self._streams)
         self._open(Stream(sock, *key, calling=True))
         self._answers.append((key, Op.REQUEST, 0))
@@ -363,21 +341,21 @@ class VsockDevice(Device):
         if queue.index == RECEIVEQ:
             self._spare = None
 
-    def on_reset(self) -> None:
-        for stream in list(self._streams.values()):
+    def _end_streams(self, which: Callable[[Stream], bool]) -> None:
+        """Of what has ended no word is said any more."""
+        for stream in [stream for stream in self._streams.values() if which(stream)]:
             self._close(stream)
-        self._answers.clear()
+        self._answers = deque(answer for answer in self._answers if answer[0] in self._streams)
+
+    def on_reset(self) -> None:
+        self._end_streams(lambda stream: True)
         self._spare = None
 
     def close(self) -> None:
         super().close()
-        if self._listener is None:
+        if self._callers is None:
             return
         self.on_reset()
-        for sock in self._callers.values():
-            sock.close()
-        self._callers.clear()
+        self._callers.close()
+        self._callers = None
         self._events.close()
-        self._pause.close()
-        self._listener.close()
-        self._listener = None
