@@ -7,6 +7,7 @@ A back-end waits for a front-end (listening, or connecting again and again), ser
 from __future__ import annotations
 
 import logging
+import os
 import select
 import time
 from collections.abc import Callable, Iterator
@@ -90,7 +91,7 @@ class Backend(Closing):
         self,
         device: HostedDevice,
         *,
-        path: str | None = None,
+        path: str | os.PathLike[str] | None = None,
         client: bool = False,
         fd: int | None = None,
         mode: int | None = None,
@@ -98,12 +99,12 @@ class Backend(Closing):
     ) -> None:
         check_hosted(device)
         if (path is None) == (fd is None):
-            raise UsageError("a back-end needs either a socket path or an inherited descriptor")
+            raise UsageError("a back-end needs the path of a socket, or an inherited descriptor (fd), and not both")
         if device.requests_fd is not None and v.has(device.offer.features, v.VIRTIO_F_ACCESS_PLATFORM):
             reason = "queues that no worker serves (requests_fd) know of no IOMMU; leave ACCESS_PLATFORM out"
             raise UsageError(f"device {device.name}: {reason}")
         self.device = device
-        self.path = path if path is not None else f"fd {fd}"
+        self.path = os.fsdecode(path) if path is not None else f"fd {fd}"
         self.connections = 0
         self.before_reply: Callable[[], None] = lambda: None
         self._changed = changed

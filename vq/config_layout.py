@@ -53,7 +53,7 @@ class _Field:
             raise UsageError(f"config field {self.name} is {value!r}; it must be 0 to {(1 << 8 * self.size) - 1}")
         if isinstance(value, bytes) and len(value) <= self.size:
             return value.ljust(self.size, b"\0")
-        raise UsageError(f"config field {self.name} is {value!r}; it must be at most {self.size} bytes")
+        raise UsageError(f"config field {self.name} is {value!r}; it must be bytes, {self.size} at most")
 
     def pack(self, value: Any) -> bytes:
         return value.to_bytes(self.size, "little") if self.number else bytes(value)

@@ -6,15 +6,16 @@ import logging
 import os
 import select
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
 from vq import virtio as v
 from vq.config_layout import ConfigLayout
+from vq.device_checks import check_class, check_methods, check_object, feature_mask, queue_names
 from vq.errors import FrontendError, UsageError
 from vq.hosted_device import HostedDevice
-from vq.offer import QUEUES_MAX, Offer
+from vq.offer import Offer
 from vq.throttle import Throttle
 from vq.waker import Waker
 from vq_core.device_queue import DeviceQueue
@@ -34,6 +35,8 @@ PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS, v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
     v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
 )  # fmt: skip
+# What a device may assign anew.
+OF_THE_OBJECT: Final = frozenset({"name", "_config"})
 
 
 class Device(HostedDevice):
@@ -53,8 +56,6 @@ class Device(HostedDevice):
         Longest request; see `vq.DeviceQueue`.
     Config : type of ConfigLayout, optional
         Its configuration space; `config` is then an object of it.
-    config : ConfigLayout
-        Assign to its fields from any thread: the driver is told.
     chains : tuple of DeviceQueue
         The virtqueues by index, as `handle` gets them.
 
@@ -88,7 +89,6 @@ class Device(HostedDevice):
     packed: bool = True
     max_bytes: int = 1 << 20
     Config: ClassVar[type[ConfigLayout] | None] = None
-    config: Any
     chains: tuple[DeviceQueue, ...]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -97,11 +97,12 @@ class Device(HostedDevice):
         return self
 
     def _set_up(self) -> None:
-        names = _names(self.queues)
-        own = _features(self.features)
-        _check(self.max_bytes, self.Config)
+        names = queue_names(self.queues)
+        own = feature_mask(self.features)
+        check_class(self.max_bytes, self.Config)
         self.name = type(self).__name__.lower()
         self._closed = False
+        self._config: ConfigLayout | None = None
         self._throttle = Throttle()
         self._calls: deque[Callable[[], object]] = deque()
         self._watched: dict[int, Callable[[], object]] = {}
@@ -117,13 +118,30 @@ class Device(HostedDevice):
         size = 0
         if self.Config is not None:
             self.config = self.Config()
-            object.__setattr__(self.config, "_changed", lambda: self.call(self.config_changed))
             size = self.Config.SIZE
             protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_CONFIG)
         if type(self).save_state is not HostedDevice.save_state:
             protocol |= v.mask(v.VHOST_USER_PROTOCOL_F_DEVICE_STATE)
         rings = FEATURES if self.packed else FEATURES & ~v.mask(v.VIRTIO_F_RING_PACKED)
+        self._made = {name: value for name, value in vars(self).items() if name not in OF_THE_OBJECT}
         self.offer = Offer(rings | own, protocol, len(names), len(names), config_size=size)
+
+    @property
+    def config(self) -> Any:
+        """ConfigLayout: the configuration space; assign to its fields from any thread, and the driver is told."""
+        if self._config is None:
+            raise AttributeError(f"{type(self).__name__} has no configuration space; give it a class Config")
+        return self._config
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        if self.Config is None or not isinstance(config, self.Config):
+            wanted = "an object of its class Config" if self.Config else "none, as it has no class Config"
+            raise UsageError(f"{type(self).__name__}.config is {config!r}; it must be {wanted}")
+        object.__setattr__(config, "_changed", lambda: self.call(self.config_changed))
+        before, self._config = self._config, config
+        if before is not None and before.pack() != config.pack():
+            self.call(self.config_changed)
 
     # -- for subclasses --
 
@@ -132,7 +150,7 @@ class Device(HostedDevice):
 
         Called when the driver has made chains available. An exception breaks this queue.
         """
-        raise NotImplementedError(f"{type(self).__name__}.handle")
+        raise NotImplementedError(f"{type(self).__name__} has no method handle(self, queue)")
 
     def on_features(self, features: int) -> None:
         """The driver has accepted these feature bits."""
@@ -214,6 +232,14 @@ class Device(HostedDevice):
 
     # -- for the back-end --
 
+    def _check(self) -> None:
+        if type(self).handle is Device.handle and "handle" not in vars(self):
+            raise UsageError(f"{type(self).__name__} has no method handle(self, queue), which serves its queues")
+        check_methods(self, METHODS)
+        if self._closed is True:
+            raise UsageError(f"the {self.name} was closed, with the server that it had; make a new one")
+        check_object(self, self._made)
+
     def set_features(self, features: int) -> None:
         self.on_features(features)
 
@@ -285,30 +311,4 @@ class Device(HostedDevice):
                     logger.exception("device=%s on_error%s", self.name, more)
 
 
-def _features(features: int | Iterable[int]) -> int:
-    try:
-        mask = features if isinstance(features, int) else v.mask(*features)
-    except (TypeError, ValueError):
-        mask = -1
-    if not 0 <= mask < 1 << 64:
-        raise UsageError(f"features is {features!r}; write a mask, or the numbers of bits, which are 0 to 63")
-    return mask
-
-
-def _names(queues: int | Sequence[str]) -> list[str]:
-    if isinstance(queues, int):
-        count, names = queues, []
-    elif isinstance(queues, list | tuple) and all(isinstance(name, str) for name in queues):
-        count, names = len(queues), list(queues)
-    else:  # one string as well, whose letters would be names
-        raise UsageError(f"queues is {queues!r}; write how many a device has, or a tuple of their names")
-    if not 1 <= count <= QUEUES_MAX:
-        raise UsageError(f"a device has 1 to {QUEUES_MAX} queues, not {count}")
-    return names or [f"queue{index}" for index in range(count)]
-
-
-def _check(max_bytes: Any, layout: Any) -> None:
-    if not (isinstance(max_bytes, int) and 1 <= max_bytes < 1 << 63):
-        raise UsageError(f"max_bytes is {max_bytes!r}; it must be a number of bytes from 1")
-    if layout is not None and not (isinstance(layout, type) and issubclass(layout, ConfigLayout)):
-        raise UsageError(f"Config is {layout!r}; it must be a class derived from vq.ConfigLayout")
+METHODS: Final = tuple(name for name in vars(Device) if name[0] != "_" and callable(getattr(Device, name)))

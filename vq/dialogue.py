@@ -8,6 +8,7 @@ Spec: vhost-user, "Communication", "Message specification".
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
@@ -72,7 +73,7 @@ class Dialogue(Closing):
         self._expected: deque[_Expected] = deque()  # replies on their way, in order
 
     @classmethod
-    def connect(cls, path: str, *, timeout: float = 5.0) -> Self:
+    def connect(cls, path: str | os.PathLike[str], *, timeout: float = 5.0) -> Self:
         """Connect to a back-end that listens, trying again until the time is over.
 
         Raises
@@ -91,7 +92,7 @@ class Dialogue(Closing):
             time.sleep(connector.next_attempt_in())
 
     @classmethod
-    def listen(cls, path: str, *, timeout: float = 5.0) -> Self:
+    def listen(cls, path: str | os.PathLike[str], *, timeout: float = 5.0) -> Self:
         """Wait for a back-end that connects to us (client mode).
 
         Raises
@@ -107,7 +108,7 @@ class Dialogue(Closing):
             listener.close()
         if connection is None:
             remedy = "start the back-end in client mode"
-            raise ResourceError(f"no back-end connected within {timeout:g} s", path=path, remedy=remedy)
+            raise ResourceError(f"no back-end connected within {timeout:g} s", path=os.fsdecode(path), remedy=remedy)
         return cls(connection, timeout=timeout)
 
     @classmethod

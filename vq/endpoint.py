@@ -89,7 +89,7 @@ class Listener:
         self._sock.close()
 
 
-def listen(path: str, *, mode: int | None = None, backlog: int = 8) -> Listener:
+def listen(path: str | os.PathLike[str], *, mode: int | None = None, backlog: int = 8) -> Listener:
     """Listen on a socket path; a socket file that nobody uses any longer is replaced.
 
     Parameters
@@ -106,7 +106,7 @@ def listen(path: str, *, mode: int | None = None, backlog: int = 8) -> Listener:
     ResourceError
         The path is too long, is not a socket, belongs to a living process, or cannot be made.
     """
-    _check_path(path)
+    path = _checked_path(path)
     listener = Listener(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path)
     try:
         listener.bind(mode, backlog)
@@ -116,11 +116,15 @@ def listen(path: str, *, mode: int | None = None, backlog: int = 8) -> Listener:
     return listener
 
 
-def _check_path(path: str) -> None:
-    size = len(os.fsencode(path))
-    if not 1 <= size <= PATH_MAX:
+def _checked_path(path: str | os.PathLike[str]) -> str:
+    text = os.fsdecode(path)
+    size = len(os.fsencode(text))
+    if size == 0:
+        raise ResourceError("the path of the socket is empty", remedy="give one, such as /run/vq/a.sock")
+    if size > PATH_MAX:
         remedy = f"a socket path has 1 to {PATH_MAX} bytes; use a shorter directory"
-        raise ResourceError(f"the path has {size} bytes", path=path, remedy=remedy)
+        raise ResourceError(f"the path has {size} bytes", path=text, remedy=remedy)
+    return text
 
 
 @contextmanager
@@ -212,14 +216,13 @@ class Connector:
 
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike[str],
         *,
         first_delay: float = 0.05,
         last_delay: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check_path(path)
-        self.path = path
+        self.path = _checked_path(path)
         self.last_error: ResourceError | None = None
         self._first = first_delay
         self._last = last_delay
@@ -240,8 +243,10 @@ class Connector:
             sock.connect(self.path)
         except OSError as problem:
             sock.close()
-            remedy = "start the peer that is to listen there"
             number = problem.errno or 0
+            remedy = "start the peer that is to listen there"
+            if number in (errno.EACCES, errno.EPERM):
+                remedy = "check the permissions of the socket and its directory"
             self.last_error = ResourceError("cannot connect", errno=number, path=self.path, remedy=remedy)
             self._postpone()
             return None

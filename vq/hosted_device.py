@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from vq.backend_channel import BackendChannel
 from vq.errors import FrontendError, UsageError
@@ -120,6 +121,12 @@ class HostedDevice:
         Called when `requests_fd` is readable, and after messages, which may have started or enabled such a queue.
         """
 
+    def _check(self) -> None:
+        """Refuse what cannot be served as it was left by its class or `__init__`; raises UsageError."""
+
+
+HOOKS: Final = tuple(name for name in vars(HostedDevice) if name[0] != "_" and callable(getattr(HostedDevice, name)))
+
 
 def check_hosted(device: object) -> None:
     """Refuse what is no device: its class, or something else.
@@ -127,9 +134,14 @@ def check_hosted(device: object) -> None:
     Raises
     ------
     UsageError
-        It is not a `HostedDevice`.
+        It is not a `HostedDevice`, or something that it has hides what its base has.
     """
     if isinstance(device, type):
         raise UsageError(f"{device.__name__} is a class; give an object of it: {device.__name__}()")
     if not isinstance(device, HostedDevice):
         raise UsageError(f"{device!r} is of type {type(device).__name__}; give an object of a vq.Device")
+    for name in HOOKS:
+        if not callable(getattr(device, name)):
+            what = f"{type(device).__name__}.{name} is {getattr(device, name)!r}"
+            raise UsageError(f"{what}, which hides a method of its base; take another name")
+    device._check()

@@ -45,7 +45,7 @@ class Server(Closing):
         self,
         device: HostedDevice,
         *,
-        path: str | None = None,
+        path: str | os.PathLike[str] | None = None,
         client: bool = False,
         fd: int | None = None,
         mode: int | None = None,
@@ -139,7 +139,7 @@ class Server(Closing):
 def serve(
     device: HostedDevice,
     *,
-    socket_path: str | None = None,
+    socket_path: str | os.PathLike[str] | None = None,
     client: bool = False,
     fd: int | None = None,
     mode: int | None = None,

@@ -503,51 +503,7 @@ def test_reset_and_features_reach_the_device(vq_guest: Connect) -> None:
     assert device.resets
 
 
-@pytest.mark.parametrize("queues", [0, -1, 257, ()])
-def test_a_number_of_queues_that_cannot_be(queues: Any) -> None:
-    count = queues if isinstance(queues, int) else len(queues)
-    with pytest.raises(vq.UsageError, match=f"1 to 256 queues, not {count}$"):
-        type("Odd", (vq.Device,), {"queues": queues})()
-
-
-@pytest.mark.parametrize("features", ["RING", [-1], [64], -1, 1 << 64, None])
-def test_features_that_cannot_be(features: Any) -> None:
-    with pytest.raises(vq.UsageError, match="write a mask, or the numbers of bits"):
-        type("Odd", (vq.Device,), {"features": features})()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "remedy"),
-    [
-        ("queues", "rx", "tuple of their names"),
-        ("queues", [1], "tuple of their names"),
-        ("queues", 2.5, "tuple of their names"),
-        ("max_bytes", 0, "a number of bytes"),
-        ("max_bytes", "1M", "a number of bytes"),
-        ("Config", dict, "derived from vq.ConfigLayout"),
-        ("Config", 5, "derived from vq.ConfigLayout"),
-    ],
-)
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_an_attribute_that_cannot_be_is_told_with_what_can(name: str, value: Any, remedy: str) -> None:
-    with pytest.raises(vq.UsageError, match=f"^{name} is .*{remedy}"):
-        type("Odd", (vq.Device,), {name: value})()
-
-
 def test_a_queue_tells_people_which_it_is() -> None:
     device = type("Two", (vq.Device,), {"queues": ("first", "second")})()
     assert "second" in repr(device.chains[1])
     device.close()
-
-
-def test_a_class_in_place_of_its_object_is_told(tmp_path: Path) -> None:
-    with pytest.raises(vq.UsageError, match=r"give an object of it: Echo\(\)"):
-        vq.serve(Echo, socket_path=str(tmp_path / "a.sock"))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("make", [vq.Server, vq.Backend])
-@pytest.mark.parametrize("device", [Echo, None, 5])
-def test_what_is_no_device_is_told(make: Any, device: Any, tmp_path: Path) -> None:
-    with pytest.raises(vq.UsageError, match="give an object of"):
-        make(device, path=str(tmp_path / "a.sock"))
-    assert not any(tmp_path.iterdir())

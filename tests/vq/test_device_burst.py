@@ -402,8 +402,10 @@ def test_a_chain_that_breaks_the_queue_ends_the_burst_before_it(vq_guest: Connec
         burst.scatter(np.zeros((burst.count, 1), np.uint8))
         results.append((burst.count, burst.alive, burst.complete()))
 
-    device = Taker(act)
-    device.max_bytes = 64
+    class Small(Taker):
+        max_bytes = 64
+
+    device = Small(act)
     guest = vq_guest(device, size=64)
     driver = guest.drivers[0]
     for _ in range(4):

@@ -110,11 +110,13 @@ def test_length_of_the_path(path: str) -> None:
     longest = folder + "/" + "x" * (PATH_MAX - len(folder) - 1)
     assert len(longest) == 107
     listen(longest).close()
-    for wrong in (longest + "x", "", folder + "/" + "é" * ((PATH_MAX - len(folder)) // 2 + 1)):
+    for wrong in (longest + "x", folder + "/" + "é" * ((PATH_MAX - len(folder)) // 2 + 1)):
         with pytest.raises(ResourceError, match="107"):
             listen(wrong)
         with pytest.raises(ResourceError, match="107"):
             Connector(wrong)
+    with pytest.raises(ResourceError, match="is empty; give one"):
+        listen("")
 
 
 def test_folder_that_does_not_exist(path: str) -> None:

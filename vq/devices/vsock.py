@@ -47,7 +47,7 @@ class VsockDevice(Device):
     ----------
     cid : int
         Of the guest, 3 to 4294967294: what programs in it see as their own address.
-    path : str
+    path : str or os.PathLike
         Where programs of the host connect; ``PATH_P`` are those that the guest reaches. Up to 96 bytes.
 
     Raises
@@ -74,9 +74,10 @@ class VsockDevice(Device):
 
     _callers: Callers | None = None  # while they are listened for
 
-    def __init__(self, cid: int, path: str) -> None:
+    def __init__(self, cid: int, path: str | os.PathLike[str]) -> None:
         if not CID_FIRST <= cid <= CID_LAST:
             raise UsageError(f"a guest's CID is {CID_FIRST} to {CID_LAST}, not {cid}")
+        path = os.fsdecode(path)
         size = len(os.fsencode(path + LONGEST))
         if size > PATH_MAX:
             remedy = f"with {LONGEST} behind it, it may have {PATH_MAX}; use a shorter directory"
