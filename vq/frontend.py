@@ -62,6 +62,8 @@ class Frontend(FrontendMessages):
         """
         from vq.ring_driver import DriverGuest, RingDriver  # numpy is slow to import
 
+        if not isinstance(queue, int):
+            raise UsageError(f"queue is {queue!r}; give its index, 0 for the first")
         if self._guest is None:
             self._guest = DriverGuest(self, layout, features)
         guest = self._guest

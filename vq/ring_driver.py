@@ -14,6 +14,7 @@ from vq.closing import Closing
 from vq.errors import BackendError, UsageError
 from vq.frontend_messages import FrontendMessages, RingSetup
 from vq.payload import Region
+from vq.ring_fault import RingFault
 from vq_core.driver import Buffer, DriverQueue
 from vq_core.guest_memory import Block, GuestMemory
 from vq_core.notify import signal
@@ -87,7 +88,7 @@ class DriverGuest(Closing):
     def close(self) -> None:
         """Let go of rings and memory, after the connection has ended."""
         for driver in self.drivers.values():
-            driver.ring.close()
+            driver.release()
         self.memory.close()
 
 
@@ -121,6 +122,7 @@ class RingDriver(Closing):
             self.ring = DriverQueue(guest.memory, size, features=guest.frontend.features)
         except ValueError as error:
             raise UsageError(f"queue {index}: {error}") from error
+        self._fault = RingFault(index)
 
     def start(self) -> None:
         """Start the ring where it stands, unless it runs."""
@@ -129,9 +131,9 @@ class RingDriver(Closing):
         ring = self.ring
         position = ring.used_idx
         base = position << 16 | position if ring.layout == "packed" else position
-        self._frontend.start_ring(
-            RingSetup(self.index, ring.size, *ring.addresses, base, kick_fd=ring.kick_fd, call_fd=ring.call_fd)
-        )
+        self._fault.forget()
+        fds = (ring.kick_fd, ring.call_fd, self._fault.fileno())
+        self._frontend.start_ring(RingSetup(self.index, ring.size, *ring.addresses, base, *fds))
         self._runs = True
         self._frontend.set_status(STATUS_OK)
         signal(ring.kick_fd)  # old back-ends start only then
@@ -146,6 +148,11 @@ class RingDriver(Closing):
         """Stop the ring; the memory and the descriptors go with the front-end."""
         if self._frontend.fileno() >= 0:
             self.stop()
+
+    def release(self) -> None:
+        """Close the descriptors, after the connection has ended."""
+        self.ring.close()
+        self._fault.close()
 
     def add(
         self, readable: Sequence[Readable] = (), writable: Sequence[Writable] = (), *, indirect: bool = False
@@ -196,15 +203,16 @@ class RingDriver(Closing):
         Raises
         ------
         BackendError
-            Nothing came in time.
+            Nothing came in time, or the back-end has stopped the ring for an error.
         vq_core.driver.BrokenRingError
             The device broke the rules of the ring.
         """
         if not self._done:
             seconds = self._frontend.timeout if timeout is None else timeout
-            if not self.ring.wait(seconds):
+            if not self.ring.wait(seconds, self._fault.fileno()):
+                self._fault.check()
                 limit = f"nothing was used within {seconds:g} s of {self.ring.outstanding} buffers"
-                limit += "; did the back-end stop the queue? Its log says why"
+                limit += "; does the device complete what it takes? The log of the back-end may say more"
                 raise BackendError("queue", "index", self.index, limit)
             self._done = self.ring.poll()
         done, self._done = self._done, []

@@ -12,6 +12,8 @@ import os
 import select
 import time
 
+ERROR_S = 0.5                    # a device that signals an error may show a moment later what it had used before it
+
 DRIVER_ERRORS = (
     None,
     "used index {value} is ahead of what was made available",
@@ -307,13 +309,16 @@ cdef class DriverQueue:
         self._check_free()
         driver_disarm(&self.driver)
 
-    def wait(self, timeout):
+    def wait(self, timeout, error_fd=-1):
         """Sleep until a used buffer is there or the time is over, whatever calls come for nothing meanwhile.
 
         Parameters
         ----------
         timeout : float
             Seconds.
+        error_fd : int
+            The descriptor of SET_VRING_ERR, or -1. When it is readable, only what was used before is waited for, for half
+            a second at most.
 
         Returns
         -------
@@ -323,11 +328,17 @@ cdef class DriverQueue:
         end = time.monotonic() + timeout
         poller = select.poll()
         poller.register(self.driver.call_fd, select.POLLIN)
+        if error_fd >= 0:
+            poller.register(error_fd, select.POLLIN)
         while not self.arm():
             left = end - time.monotonic()
             if left <= 0:
                 return False
-            if poller.poll(left * 1000):
+            ready = [fd for fd, _ in poller.poll(left * 1000)]
+            if error_fd in ready:
+                poller.unregister(error_fd)
+                end = min(end, time.monotonic() + ERROR_S)
+            elif ready:
                 wait_drain(self.driver.call_fd)
         return True
 

@@ -234,4 +234,5 @@ cdef class TakingQueue(ServedQueue):
         """Break the queue: its device cannot serve it. The front-end is told, and can start it anew."""
         cdef queue_t* queue = &self.queue.queue
         if queue.started and not queue.broken:
+            self.publish()                   # a driver that hears of the end looks at what was answered before it
             queue_break(queue, BROKEN_DEVICE, 0)

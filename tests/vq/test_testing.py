@@ -12,10 +12,12 @@ import pytest
 import vq
 from vq import virtio as v
 from vq.errors import BackendError, UsageError
+from vq.testing import Guest
 from vq_core.queue import Queue
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 Connect = Callable[..., vq.Frontend]
+Serve = Callable[[vq.HostedDevice], str]
 pytest_plugins = ["vq.testing.plugin"]
 
 FEATURES = v.mask(v.VIRTIO_F_VERSION_1, v.VHOST_USER_F_PROTOCOL_FEATURES)
@@ -104,5 +106,60 @@ def test_a_layout_that_is_not_offered(vq_frontend: Connect) -> None:
 
 def test_a_device_that_does_not_answer(vq_frontend: Connect) -> None:
     driver = vq_frontend(Idle()).driver(0)
-    with pytest.raises(BackendError, match=r"nothing was used within 0\.05 s of 1 .*Its log"):
+    with pytest.raises(BackendError, match=r"nothing was used within 0\.05 s of 1 .*does the device complete"):
         driver.ask(b"hello", timeout=0.05)
+
+
+class Failing(vq.Device):
+    """Two queues; answers what it can read, and fails at what is no number."""
+
+    queues = ("first", "second")
+
+    def handle(self, queue: vq.DeviceQueue) -> None:
+        for chain in queue:
+            chain.write(b"%d" % (int(chain.read()) + 1))
+            chain.complete()
+
+
+# Were it not for the error descriptor, these would wait for ten minutes.
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_a_device_that_fails_is_told_at_once(vq_serve: Serve, layout: str) -> None:
+    with vq.Frontend.connect(vq_serve(Failing()), timeout=600) as frontend:
+        driver = frontend.driver(0, layout=layout)
+        good, bad = driver.add([b"41"], [2]), driver.add([b"x"], [2])
+        driver.kick()
+        assert [(buffer, buffer.written(length)) for buffer, length in driver.wait()] == [(good, b"42")]
+        with pytest.raises(BackendError, match="queue 0 is stopped by the back-end; its log says why"):
+            driver.wait()
+        assert frontend.driver(1).ask(b"1", room=1) == b"2"
+        driver.stop()
+        driver.start()
+        with pytest.raises(BackendError, match="queue 0 is stopped by the back-end"):  # the request comes again
+            driver.wait()
+        assert bad.id >= 0
+
+
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_a_guest_is_told_of_a_device_that_fails(vq_guest: Callable[..., Guest], layout: str) -> None:
+    guest = vq_guest(Failing(), layout=layout, timeout=600)
+    guest.send(b"41", room=2)
+    guest.send(b"x", room=2)
+    assert [answer for _, answer in guest.used()] == [b"42"]
+    for _ in range(2):
+        with pytest.raises(BackendError, match="queue 0 is stopped by the back-end; its log says why"):
+            guest.used()
+    assert guest.ask(b"1", room=1, queue=1) == b"2"
+
+
+def test_a_guest_says_which_queues_it_has(vq_guest: Callable[..., Guest], vq_serve: Serve) -> None:
+    assert len(vq_guest(Failing()).drivers) == 2  # all that the device has
+    assert len(vq_guest(Failing(), queues=1).drivers) == 1
+    guest = vq_guest(vq_serve(Failing()))
+    for queue in (1, -1, "first"):
+        with pytest.raises(UsageError, match=r"has started 1 of them, from 0 on; give it as many by queues="):
+            guest.ask(b"1", room=1, queue=queue)
+
+
+def test_a_queue_is_an_index(vq_frontend: Connect) -> None:
+    with pytest.raises(UsageError, match="queue is 'first'; give its index"):
+        vq_frontend(Failing()).driver("first")  # type: ignore[arg-type]

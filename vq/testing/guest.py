@@ -13,6 +13,7 @@ from vq.errors import BackendError, UsageError
 from vq.frontend import Frontend, RingSetup
 from vq.message import BackendRequest, Message
 from vq.payload import Region
+from vq.ring_fault import RingFault
 from vq_core.driver import Buffer, DriverQueue
 from vq_core.guest_memory import GuestMemory
 
@@ -82,6 +83,7 @@ class Guest(Closing):
         self.timeout = timeout
         self.config_changes = 0
         self.drivers: tuple[DriverQueue, ...] = ()
+        self._faults: tuple[RingFault, ...] = ()
         self.memory = GuestMemory(memory_bytes)
         wanted = features | LAYOUTS[layout] | v.mask(
             v.VIRTIO_F_VERSION_1, v.VIRTIO_F_EVENT_IDX, v.VIRTIO_F_INDIRECT_DESC, v.VHOST_USER_F_PROTOCOL_FEATURES
@@ -107,6 +109,7 @@ class Guest(Closing):
         frontend.set_features(self.features)
         regions = self.memory.regions
         frontend.set_mem_table([Region(*row[:4]) for row in regions], [row[4] for row in regions])
+        self._faults = tuple(RingFault(index) for index in range(queues))
         self.drivers = tuple(DriverQueue(self.memory, size, features=self.features) for _ in range(queues))
         for index in range(queues):
             self.start(index)
@@ -114,9 +117,10 @@ class Guest(Closing):
 
     def start(self, index: int, base: int | None = None) -> None:
         """Start a ring where its driver stands, or from a base that `stop` has answered."""
-        driver = self.drivers[index]
+        driver = self._driver(index)
         place = driver.used_idx if base is None else base
-        fds = (driver.kick_fd, driver.call_fd, None)
+        self._faults[index].forget()
+        fds = (driver.kick_fd, driver.call_fd, self._faults[index].fileno())
         self.frontend.start_ring(RingSetup(index, driver.size, *driver.addresses, place, *fds))
 
     def stop(self, index: int) -> int:
@@ -137,7 +141,7 @@ class Guest(Closing):
         """
         readable = [part for part in ([data] if isinstance(data, bytes) else data) if part]
         writable = [part for part in ([room] if isinstance(room, int) else room) if part]
-        driver = self.drivers[queue]
+        driver = self._driver(queue)
         buffer = driver.add(readable, writable)
         driver.publish()
         driver.kick()
@@ -149,17 +153,19 @@ class Guest(Closing):
         Raises
         ------
         BackendError
-            They did not come in time.
+            They did not come in time, or the back-end has stopped the queue for an error.
         """
-        driver = self.drivers[queue]
+        driver = self._driver(queue)
         end = time.monotonic() + self.timeout
         found = driver.poll(count)
         while len(found) < count:
             left = end - time.monotonic()
             if left <= 0:
-                limit = f"{count} are expected within {self.timeout:.0f} s"
+                limit = f"{count} are expected within {self.timeout:g} s"
+                limit += "; does the device complete what it takes? The log of the back-end may say more"
                 raise BackendError("queue", f"chains used in queue {queue}", len(found), limit)
-            driver.wait(min(left, 0.1))
+            if not driver.wait(left, self._faults[queue].fileno()):
+                self._faults[queue].check()
             found += driver.poll(count - len(found))
         return [(buffer, buffer.written(length)) for buffer, length in found]
 
@@ -168,6 +174,12 @@ class Guest(Closing):
         self.send(data, room, queue=queue)
         ((_, answer),) = self.used(queue=queue)
         return answer
+
+    def _driver(self, queue: int) -> DriverQueue:
+        if queue in range(len(self.drivers)):
+            return self.drivers[queue]
+        limit = f"this guest has started {len(self.drivers)} of them, from 0 on; give it as many by queues="
+        raise UsageError(f"queue is {queue!r}; {limit}")
 
     def config(self, size: int, offset: int = 0) -> bytes:
         """Read the configuration space."""
@@ -186,4 +198,6 @@ class Guest(Closing):
         self.frontend.close()
         for driver in self.drivers:
             driver.close()
+        for fault in self._faults:
+            fault.close()
         self.memory.close()

@@ -35,14 +35,19 @@ def vq_serve(tmp_path: Path) -> Iterator[Callable[[HostedDevice], str]]:
 
 @pytest.fixture
 def vq_guest(vq_serve: Callable[[HostedDevice], str]) -> Iterator[Callable[..., Guest]]:
-    """Connect a guest to a device that is served, or to the path of a socket; options as of `vq.testing.Guest`."""
+    """Connect a guest to a device that is served, or to the path of a socket; options as of `vq.testing.Guest`.
+
+    All queues of such a device are started, if `queues` does not say how many.
+    """
     from vq.testing.guest import Guest
 
     with ExitStack() as stack:
 
         def connect(to: Any, **options: Any) -> Guest:
-            path = to if isinstance(to, str | Path) else vq_serve(to)
-            return stack.enter_context(Guest(path, **options))
+            if isinstance(to, str | Path):
+                return stack.enter_context(Guest(to, **options))
+            path = vq_serve(to)
+            return stack.enter_context(Guest(path, **{"queues": len(to.queues)} | options))
 
         yield connect
 
