@@ -39,7 +39,7 @@ class RingFault(Closing):
         poller = select.poll()
         poller.register(self._fd, select.POLLIN)
         if poller.poll(0):
-            limit = "its log says why: what serves the queue has failed, or the driver broke the ring"
+            limit = "its log says why: what serves it has failed or refused a request, or the driver broke the ring"
             raise BackendError("queue", f"queue {self.index}", "stopped by the back-end", limit)
 
     def close(self) -> None:

@@ -317,8 +317,8 @@ cdef class DriverQueue:
         timeout : float
             Seconds.
         error_fd : int
-            The descriptor of SET_VRING_ERR, or -1. When it is readable, only what was used before is waited for, for half
-            a second at most.
+            The descriptor of SET_VRING_ERR, or -1. When it is readable only what was used before is waited for, half a
+            second at most.
 
         Returns
         -------
