@@ -36,7 +36,15 @@ class Frontend(FrontendMessages):
         """The drivers that there are, by queue."""
         return {} if self._guest is None else self._guest.drivers
 
-    def driver(self, queue: int, size: int = 256, layout: str | None = None, *, features: int = 0) -> RingDriver:
+    def driver(
+        self,
+        queue: int,
+        size: int = 256,
+        layout: str | None = None,
+        *,
+        features: int = 0,
+        memory_bytes: int = 16 << 20,
+    ) -> RingDriver:
         """Give a driver for a queue, its ring started.
 
         The first one negotiates, unless that was done, and shares a memory of its own with the back-end; who wants to
@@ -52,6 +60,8 @@ class Frontend(FrontendMessages):
             "split" or "packed", the same for all queues; None: packed if the back-end offers it.
         features
             Features of the device that are wanted, as a mask; only the first driver can say so.
+        memory_bytes
+            Size of the guest's memory; likewise.
 
         Raises
         ------
@@ -65,7 +75,7 @@ class Frontend(FrontendMessages):
         if not isinstance(queue, int):
             raise UsageError(f"queue is {queue!r}; give its index, 0 for the first")
         if self._guest is None:
-            self._guest = DriverGuest(self, layout, features)
+            self._guest = DriverGuest(self, layout, features, memory_bytes)
         guest = self._guest
         guest.check(layout)
         if queue in guest.drivers:

@@ -227,7 +227,7 @@ cdef class DriverQueue:
         writable_parts = [self._part(part) for part in writable]
         every = readable_parts + writable_parts
         if not every:
-            raise ValueError("a buffer needs at least one part")
+            raise ValueError("a buffer needs at least one part: bytes for the device to read, or room for it to write")
         readable_count, writable_count = len(readable_parts), len(writable_parts)
         needed = 1 if indirect else len(every)
         if needed > driver_free(&self.driver):

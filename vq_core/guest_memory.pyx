@@ -191,7 +191,7 @@ cdef class GuestMemory:
             block.size = size
             memset(block.data, 0, size)
             return block
-        raise MemoryError(f"no region of the guest memory has {size} bytes left; make it larger")
+        raise MemoryError(f"no region of the guest memory has {size} bytes left; make it larger (memory_bytes)")
 
     def view(self, guest_addr, length):
         """A writable memoryview of [guest_addr, guest_addr + length); ValueError unless that lies in one region."""

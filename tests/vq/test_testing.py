@@ -40,10 +40,12 @@ def outside(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_device_is_tested_by_the_fixtures(tmp_path: Path) -> None:
-    (tmp_path / "test_reverser.py").write_text((EXAMPLES / "test_reverser.py").read_text())
-    run = outside(tmp_path, "test_reverser.py")
+    examples = ("test_reverser.py", "test_key_store.py")
+    for name in examples:
+        (tmp_path / name).write_text((EXAMPLES / name).read_text())
+    run = outside(tmp_path, *examples)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "6 passed" in run.stdout
+    assert "11 passed" in run.stdout
 
 
 def test_a_wrong_device_fails(tmp_path: Path) -> None:
@@ -163,3 +165,18 @@ def test_a_guest_says_which_queues_it_has(vq_guest: Callable[..., Guest], vq_ser
 def test_a_queue_is_an_index(vq_frontend: Connect) -> None:
     with pytest.raises(UsageError, match="queue is 'first'; give its index"):
         vq_frontend(Failing()).driver("first")  # type: ignore[arg-type]
+
+
+def test_a_change_that_does_not_come_is_told(vq_guest: Callable[..., Guest]) -> None:
+    guest = vq_guest(Failing())
+    guest.timeout = 0.05
+    with pytest.raises(BackendError, match=r"one more is expected within 0\.05 s"):
+        guest.wait_config_change()
+
+
+def test_a_request_finds_room_in_the_memory(vq_frontend: Connect) -> None:
+    driver = vq_frontend(Idle()).driver(0, memory_bytes=1 << 20)
+    with pytest.raises(MemoryError, match=r"make it larger \(memory_bytes\)"):
+        driver.add([bytes(2 << 20)])
+    with pytest.raises(ValueError, match="bytes for the device to read, or room for it to write"):
+        driver.ask()

@@ -49,6 +49,7 @@ class Guest(Closing):
     Attributes
     ----------
     frontend : vq.Frontend
+        For what goes by messages, as `set_config` and `reset_device` do.
     features : int
         Negotiated feature bits.
     memory : GuestMemory
@@ -186,9 +187,17 @@ class Guest(Closing):
         return self.frontend.get_config(offset, size)
 
     def wait_config_change(self) -> None:
-        """Serve the back-end channel until another CONFIG_CHANGE_MSG has come."""
+        """Serve the back-end channel until another CONFIG_CHANGE_MSG has come.
+
+        Raises
+        ------
+        BackendError
+            None came in time.
+        """
         before = self.config_changes
-        self.frontend.serve(lambda: self.config_changes > before)
+        if not self.frontend.serve(lambda: self.config_changes > before, self.timeout):
+            limit = f"one more is expected within {self.timeout:g} s"
+            raise BackendError("CONFIG_CHANGE_MSG", "number of messages", before, limit)
 
     def _config_changed(self, message: Message) -> Any:
         self.config_changes += 1
