@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from vq_core.guest_memory import Block, GuestMemory
 
 DRIVER_ERRORS: tuple[str | None, ...]
+ERROR_S: float
 
 class BrokenRingError(RuntimeError):
     cause: int
