@@ -99,7 +99,7 @@ class Backend(Closing):
     ) -> None:
         check_hosted(device)
         if (path is None) == (fd is None):
-            raise UsageError("a back-end needs the path of a socket, or an inherited descriptor (fd), and not both")
+            raise UsageError("a back-end needs either the path of a socket or an inherited descriptor (fd)")
         if device.requests_fd is not None and v.has(device.offer.features, v.VIRTIO_F_ACCESS_PLATFORM):
             reason = "queues that no worker serves (requests_fd) know of no IOMMU; leave ACCESS_PLATFORM out"
             raise UsageError(f"device {device.name}: {reason}")

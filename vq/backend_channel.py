@@ -58,6 +58,7 @@ class BackendChannel:
         self._queue: RequestQueue | None = None
         self._config_due = False  # the configuration space has changed, and the front-end has not been told
         self.broken = False
+        self.closed = False
 
     # -- the connection --
 
@@ -89,6 +90,7 @@ class BackendChannel:
 
     def close(self) -> None:
         """Forget what the device shares; the back-end is over."""
+        self.closed = True
         self.objects.close()
 
     def fileno(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 
 from vq import virtio as v
 from vq.config_layout import ConfigLayout
-from vq.device_checks import check_class, check_methods, check_object, feature_mask, queue_names
+from vq.device_checks import check_class, check_methods, check_object, check_state, feature_mask, queue_names
 from vq.errors import FrontendError, UsageError
 from vq.hosted_device import HostedDevice
 from vq.offer import Offer
@@ -236,6 +236,7 @@ class Device(HostedDevice):
         if type(self).handle is Device.handle and "handle" not in vars(self):
             raise UsageError(f"{type(self).__name__} has no method handle(self, queue), which serves its queues")
         check_methods(self, METHODS)
+        check_state(type(self), HostedDevice)
         if self._closed is True:
             raise UsageError(f"the {self.name} was closed, with the server that it had; make a new one")
         check_object(self, self._made)

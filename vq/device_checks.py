@@ -11,7 +11,7 @@ from vq.config_layout import ConfigLayout
 from vq.errors import UsageError
 from vq.offer import QUEUES_MAX
 
-__all__ = ["check_class", "check_methods", "check_object", "feature_mask", "queue_names"]
+__all__ = ["check_class", "check_methods", "check_object", "check_state", "feature_mask", "queue_names"]
 
 OF_THE_CLASS: Final = ("Config", "features", "max_bytes", "packed", "queues")
 
@@ -61,6 +61,14 @@ def check_methods(device: object, names: Iterable[str]) -> None:
             raise UsageError(f"{where} is a coroutine, which nobody awaits; write a plain method, which starts a task")
         if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
             raise UsageError(f"{where} is a generator, which nobody runs; write a method without yield")
+
+
+def check_state(cls: type, base: type) -> None:
+    """Refuse a state that is saved and cannot be loaded, or the other way round."""
+    save, load = (getattr(cls, name) is not getattr(base, name) for name in ("save_state", "load_state"))
+    if save != load:
+        has, lacks = ("save_state", "load_state") if save else ("load_state", "save_state")
+        raise UsageError(f"{cls.__name__} has {has} and no {lacks}; a state that moves needs both")
 
 
 def check_object(device: object, made: Mapping[str, object]) -> None:

@@ -97,16 +97,20 @@ def listen(path: str | os.PathLike[str], *, mode: int | None = None, backlog: in
     path
         Where; up to 107 bytes.
     mode
-        Permission bits of the socket file; None leaves them to the umask.
+        Permission bits of the socket file, 0 to 0o777; None leaves them to the umask.
     backlog
         Connections that may wait to be accepted.
 
     Raises
     ------
+    UsageError
+        The mode has other bits; decimal digits, such as 660 in place of 0o660, have them.
     ResourceError
         The path is too long, is not a socket, belongs to a living process, or cannot be made.
     """
     path = _checked_path(path)
+    if mode is not None and not (isinstance(mode, int) and 0 <= mode <= 0o777):
+        raise UsageError(f"mode is {mode!r}; permission bits are 0 to 0o777, and octal, such as 0o660")
     listener = Listener(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path)
     try:
         listener.bind(mode, backlog)

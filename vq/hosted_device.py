@@ -134,7 +134,7 @@ def check_hosted(device: object) -> None:
     Raises
     ------
     UsageError
-        It is not a `HostedDevice`, or something that it has hides what its base has.
+        It is not a `HostedDevice`, or something that it has hides what its base has, or it is served already.
     """
     if isinstance(device, type):
         raise UsageError(f"{device.__name__} is a class; give an object of it: {device.__name__}()")
@@ -144,4 +144,6 @@ def check_hosted(device: object) -> None:
         if not callable(getattr(device, name)):
             what = f"{type(device).__name__}.{name} is {getattr(device, name)!r}"
             raise UsageError(f"{what}, which hides a method of its base; take another name")
+    if device.channel is not None and not device.channel.closed:
+        raise UsageError(f"device {device.name} is served by another back-end; give each its own object")
     device._check()

@@ -179,6 +179,29 @@ def test_paths_are_those_of_pathlib_too(make: Any, tmp_path: Path) -> None:
     device = Echo()
     with make(device, path=path):
         assert path.is_socket()
-    with pytest.raises(vq.UsageError, match=r"the path of a socket, or an inherited descriptor \(fd\), and not both"):
+    with pytest.raises(vq.UsageError, match=r"either the path of a socket or an inherited descriptor \(fd\)"):
         make(Echo(), path=path, fd=3)
     device.close()
+
+
+@pytest.mark.parametrize("name", ["save_state", "load_state"])
+def test_half_a_state_is_told(vq_serve: Serve, name: str) -> None:
+    with pytest.raises(vq.UsageError, match=rf"^Odd has {name} and no .*needs both"):
+        vq_serve(type("Odd", (Echo,), {name: lambda self, *state: b""})())
+
+
+@pytest.mark.parametrize("make", [vq.Server, vq.Backend])
+def test_a_device_is_served_once_at_a_time(make: Any, tmp_path: Path) -> None:
+    device = Echo()
+    with vq.Backend(device, path=tmp_path / "a.sock"), pytest.raises(vq.UsageError, match="served by another back-end"):
+        make(device, path=tmp_path / "b.sock")
+    with vq.Backend(device, path=tmp_path / "b.sock"):
+        pass
+    device.close()
+
+
+@pytest.mark.parametrize("mode", [660, -1, "660"])
+def test_a_mode_is_octal(mode: Any, tmp_path: Path) -> None:
+    with pytest.raises(vq.UsageError, match=f"^mode is {mode!r}; .*octal, such as 0o660"):
+        vq.serve(Echo(), socket_path=tmp_path / "a.sock", mode=mode, duration=0)
+    assert not any(tmp_path.iterdir())

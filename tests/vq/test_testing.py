@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,3 +181,18 @@ def test_a_request_finds_room_in_the_memory(vq_frontend: Connect) -> None:
         driver.add([bytes(2 << 20)])
     with pytest.raises(ValueError, match="bytes for the device to read, or room for it to write"):
         driver.ask()
+
+
+def test_a_guest_without_a_configuration_space(vq_guest: Callable[..., Guest]) -> None:
+    with pytest.raises(UsageError, match=r"has no configuration space; .* a class Config"):
+        vq_guest(Failing()).config(4)
+
+
+@pytest.mark.parametrize("data", [b"41", bytearray(b"41"), memoryview(b"41"), [b"4", b"", bytearray(b"1")]])
+def test_a_guest_sends_bytes_of_any_kind(vq_guest: Callable[..., Guest], data: Any) -> None:
+    assert vq_guest(Failing()).ask(data, room=2) == b"42"
+
+
+def test_a_guest_sends_no_text(vq_guest: Callable[..., Guest]) -> None:
+    with pytest.raises(TypeError, match="bytes-like"):
+        vq_guest(Failing()).ask("41", room=2)  # type: ignore[arg-type]

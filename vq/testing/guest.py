@@ -24,6 +24,8 @@ PROTOCOL: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_MQ, v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_CONFIG,
     v.VHOST_USER_PROTOCOL_F_BACKEND_REQ, v.VHOST_USER_PROTOCOL_F_DEVICE_STATE, v.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
 )  # fmt: skip
+Bytes = bytes | bytearray | memoryview
+Data = Bytes | Sequence[Bytes]
 
 
 class Guest(Closing):
@@ -128,7 +130,7 @@ class Guest(Closing):
         """Stop a ring; where the device stands in it."""
         return self.frontend.stop_ring(index)
 
-    def send(self, data: bytes | Sequence[bytes] = b"", room: int | Sequence[int] = 0, *, queue: int = 0) -> Buffer:
+    def send(self, data: Data = b"", room: int | Sequence[int] = 0, *, queue: int = 0) -> Buffer:
         """Make one chain available, and kick.
 
         Parameters
@@ -140,7 +142,8 @@ class Guest(Closing):
         queue
             Which virtqueue.
         """
-        readable = [part for part in ([data] if isinstance(data, bytes) else data) if part]
+        parts = [data] if isinstance(data, bytes | bytearray | memoryview) else data
+        readable = [bytes(memoryview(part)) for part in parts if len(part)]
         writable = [part for part in ([room] if isinstance(room, int) else room) if part]
         driver = self._driver(queue)
         buffer = driver.add(readable, writable)
@@ -170,7 +173,7 @@ class Guest(Closing):
             found += driver.poll(count - len(found))
         return [(buffer, buffer.written(length)) for buffer, length in found]
 
-    def ask(self, data: bytes | Sequence[bytes] = b"", room: int | Sequence[int] = 0, *, queue: int = 0) -> bytes:
+    def ask(self, data: Data = b"", room: int | Sequence[int] = 0, *, queue: int = 0) -> bytes:
         """Send one chain and wait for its answer: the bytes that the device has written."""
         self.send(data, room, queue=queue)
         ((_, answer),) = self.used(queue=queue)
@@ -183,7 +186,15 @@ class Guest(Closing):
         raise UsageError(f"queue is {queue!r}; {limit}")
 
     def config(self, size: int, offset: int = 0) -> bytes:
-        """Read the configuration space."""
+        """Read the configuration space.
+
+        Raises
+        ------
+        UsageError
+            The back-end offers none.
+        """
+        if not self.frontend.has_protocol(v.VHOST_USER_PROTOCOL_F_CONFIG):
+            raise UsageError("the back-end has no configuration space; a vq.Device has one if it has a class Config")
         return self.frontend.get_config(offset, size)
 
     def wait_config_change(self) -> None:
