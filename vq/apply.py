@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from vq import effects as e
 from vq import virtio as v
-from vq.errors import FrontendError, UsageError
+from vq.errors import FrontendError, UsageError, VqError
 from vq.hosted_device import HostedDevice
 from vq.inband import Inband
 from vq.postcopy import PostcopyMemory
@@ -162,8 +163,7 @@ class Applier:
             except ValueError as error:
                 self.warn(f"{error}; ring {index} stopped until its memory is there again")
                 broken = queue.broken is not None
-                self.device.ring_stopping(index)
-                base = int(queue.stop())
+                base = self._stop_queue(index)
                 if not broken:  # a ring that its driver has broken waits for the front-end to stop it
                     self.waiting[index] = base
                 queue.signal(ring.err_fd)
@@ -216,17 +216,31 @@ class Applier:
         self.changed()
 
     def _stop_ring(self, effect: e.StopRing) -> int:
-        if self.device.queues[effect.index].started:
-            self.device.ring_stopping(effect.index)
-        base = int(self.device.queues[effect.index].stop(effect.suspend))
-        if self.inband is not None:
-            self.inband.stop(effect.index)
-        self.device.ring_stopped(effect.index)
-        base = self.waiting.pop(effect.index, base)
-        self.rings.pop(effect.index, None)
-        if self.translation is not None and not self.rings:
-            self.translation.invalidate(0, LAST)
-        self.changed()
+        index = effect.index
+        base = 0
+        try:
+            base = self._stop_queue(index, effect.suspend)
+        finally:
+            if self.inband is not None:
+                self.inband.stop(index)
+            try:
+                self.device.ring_stopped(index)
+            finally:
+                base = self.waiting.pop(index, base)
+                self.rings.pop(index, None)
+                if self.translation is not None and not self.rings:
+                    self.translation.invalidate(0, LAST)
+                self.changed()
+        return base
+
+    def _stop_queue(self, index: int, suspend: bool = False) -> int:
+        """Stop a queue whatever its device says to that: it must not run on with memory that goes away."""
+        queue = self.device.queues[index]
+        try:
+            if queue.started:
+                self.device.ring_stopping(index)
+        finally:
+            base = int(queue.stop(suspend))
         return base
 
     def _enable_ring(self, effect: e.EnableRing) -> None:
@@ -396,7 +410,9 @@ class Applier:
         self.device.write_config(effect.offset, effect.data, migration=effect.migration)
 
     def _save_state(self, effect: e.SaveState) -> None:
-        self._transfer.save(effect.fd, self.device.save_state())
+        with self._refusing():
+            state = self.device.save_state()
+        self._transfer.save(effect.fd, state)
 
     def _load_state(self, effect: e.LoadState) -> None:
         self._transfer.load(effect.fd, self._take_state)
@@ -404,7 +420,19 @@ class Applier:
     def _take_state(self, state: bytes) -> None:
         if self.rings:
             raise FrontendError("SET_DEVICE_STATE_FD", "device", "running", "a state is loaded while all rings stand")
-        self.device.load_state(state)
+        with self._refusing():
+            self.device.load_state(state)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """A device that fails at a state refuses it: what it had to read may be garbage, and the guest goes on."""
+        try:
+            yield
+        except (VqError, OSError):
+            raise
+        except Exception as error:
+            logger.debug("device=%s", self.device.name, exc_info=True)
+            raise UsageError(f"device {self.device.name} has failed at its state: {error!r}") from error
 
     def _check_state(self, effect: e.CheckState) -> bool | None:
         return self._transfer.check()

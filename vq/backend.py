@@ -358,7 +358,8 @@ class Backend(Closing):
             self.channel.end()
             if session is not None:
                 session.close()
-                self.device.reset()
+                with self._surviving():
+                    self.device.reset()
             self._inband.close()
             self._transfer.forget()
             if applier is not None:
@@ -449,10 +450,24 @@ class Backend(Closing):
         except (VqError, OSError) as error:
             self.warn(str(error))
             self._end("could not go on")
-        except Exception:
+        except Exception as error:
             # A defect of ours or of a device's hook ends this connection, not the process.
-            logger.exception("device=%s", self.device.name)
+            self._log_defect(error)
             self._end("internal error")
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Go on, whatever a hook of the device raises."""
+        try:
+            yield
+        except Exception as error:
+            self._log_defect(error)
+
+    def _log_defect(self, error: Exception) -> None:
+        """Log where it came from; a front-end that knows how to provoke it does not fill the log."""
+        more = self._throttle.passes(f"defect {error!r}")
+        if more is not None:
+            logger.error("device=%s%s", self.device.name, more, exc_info=error)
 
     def _reply(self, connection: Connection, session: Session, reply: bytes | None) -> None:
         if reply is not None:
@@ -462,8 +477,8 @@ class Backend(Closing):
     def _serve_requests(self) -> None:
         try:
             self.device.serve_requests()
-        except Exception:
-            logger.exception("device=%s", self.device.name)
+        except Exception as error:
+            self._log_defect(error)
             self._end("internal error")
 
     def _settle(self) -> None:

@@ -44,6 +44,7 @@ class HostedDevice:
     Notes
     -----
     Threading: hooks are called by the control thread, one at a time.
+    What a hook raises ends the connection; rings stop and memory goes all the same.
     """
 
     name: str

@@ -209,8 +209,9 @@ class Session:
         for effect in last:
             try:
                 self._apply(effect)
-            except Exception:
-                log.exception("session: %s failed while closing", effect)
+            except Exception as error:
+                log.debug("session: %s failed while closing", effect, exc_info=True)
+                self._warn(f"{type(effect).__name__} failed while closing: {error!r}")
         for ring in self.rings:
             ring.started = ring.enabled = False
             ring.close_fds()
