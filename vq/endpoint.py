@@ -241,16 +241,20 @@ class Connector:
 
     def attempt(self, *, replies: bool = False) -> Connection | None:
         """Try to connect; None (and a reason in `last_error`) if nobody is there."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)  # a full backlog is a failure like others, not a reason to wait
+        sock = None
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)  # a full backlog is a failure like others, not a reason to wait
             sock.connect(self.path)
         except OSError as problem:
-            sock.close()
+            if sock is not None:
+                sock.close()
             number = problem.errno or 0
             remedy = "start the peer that is to listen there"
             if number in (errno.EACCES, errno.EPERM):
                 remedy = "check the permissions of the socket and its directory"
+            elif number in (errno.EMFILE, errno.ENFILE):
+                remedy = "close some files, or raise the limit of open files (ulimit -n)"
             self.last_error = ResourceError("cannot connect", errno=number, path=self.path, remedy=remedy)
             self._postpone()
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
 import tempfile
@@ -225,6 +226,26 @@ def test_full_backlog_does_not_block(path: str) -> None:
 
 
 # --- Inherited sockets --------------------------------------------------------------------------------------------
+
+
+def test_a_connector_tries_again_when_too_many_files_are_open(path: str) -> None:
+    connector = Connector(path, first_delay=0.1)
+    listener = listen(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = os.dup(0)
+    os.close(last)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last, hard))  # every file up to here is open
+    try:
+        assert connector.attempt() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert connector.next_attempt_in() > 0
+    assert connector.last_error is not None
+    assert "raise the limit of open files" in str(connector.last_error)
+    connection = connector.attempt()
+    assert connection is not None
+    connection.close()
+    listener.close()
 
 
 def test_inherited_listening_socket_is_never_unlinked(path: str) -> None:
