@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from blk_front import PROTOCOL, Guest, fields, serving
 from blk_rig import FLUSH, IN, OK, content, make_file
+from vhost_rig import open_fds
 from vq import virtio as v
 from vq.devices.blk import BlkDevice
 from vq.errors import BackendError, UsageError
@@ -43,6 +46,28 @@ def guest(server: Server, path: str) -> Iterator[Guest]:
     guest = Guest(path)
     yield guest
     guest.close()
+
+
+def test_without_enough_threads_there_is_no_device_and_nothing_is_left(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the number of processes is limited: those that run are ended, and no other is waited for."""
+    make_file(tmp_path / "disk.img")
+    before = open_fds()
+    start, started = threading.Thread.start, []
+
+    def start_some(thread: threading.Thread) -> None:
+        if len(started) == 5:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Server(BlkDevice(Disk(tmp_path / "disk.img")), path=path)
+    gc.collect()
+    assert open_fds() == before
+    assert not any(thread.is_alive() for thread in started)
 
 
 def device_of(server: Server) -> BlkDevice:

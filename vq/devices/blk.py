@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -135,12 +135,10 @@ class BlkDevice(HostedDevice):
     def start(self) -> None:
         """Start the threads of the workers and of their pools."""
         for number, worker in enumerate(self.workers):
-            self._threads.append(threading.Thread(target=worker.run, name=f"vq-blk-{number}", daemon=True))
             for helper in range(POOL_THREADS):
-                name = f"vq-blk-{number}-{helper}"
-                self._helpers.append(threading.Thread(target=worker.pool.serve, name=name, daemon=True))
-        for thread in [*self._helpers, *self._threads]:
-            thread.start()
+                _begin(self._helpers, worker.pool.serve, f"vq-blk-{number}-{helper}")
+        for number, worker in enumerate(self.workers):
+            _begin(self._threads, worker.run, f"vq-blk-{number}")
 
     def close(self) -> None:
         """Finish what is under way, end all threads and close the disk; may be called twice."""
@@ -293,3 +291,10 @@ class BlkDevice(HostedDevice):
             raise FrontendError("SET_CONFIG", "writeback", value, "0 is write-through, 1 is write-back")
         self._writeback = value
         self._set_cache()
+
+
+def _begin(threads: list[threading.Thread], target: Callable[[], object], name: str) -> None:
+    """Start a thread; those that run are known, also when there can be no more."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    threads.append(thread)
