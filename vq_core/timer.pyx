@@ -35,6 +35,7 @@ cdef class Timer:
 
     def close(self):
         """Close the descriptor; may be called twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        cdef int fd = self._fd
+        if fd >= 0:
+            self._fd = -1    # first: another thread may set the timer meanwhile, and the number may be used anew
+            os.close(fd)
