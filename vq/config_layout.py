@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Annotated, Any, ClassVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Final, get_args, get_type_hints
 
 from vq.errors import FrontendError, UsageError
 from vq.payload import CONFIG_MAX
 
 __all__ = ["ConfigLayout", "le16", "le32", "le64", "u8", "writable"]
+
+ANNOTATE: Final = "annotate it with vq.u8, vq.le16, vq.le32, vq.le64 or Annotated[bytes, LENGTH]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class ConfigLayout:
     Raises
     ------
     UsageError
-        A field has another type, the space is larger than 256 bytes, or a value does not fit.
+        A field has another type or none, the space is larger than 256 bytes, or a value does not fit.
 
     Examples
     --------
@@ -108,6 +110,11 @@ class ConfigLayout:
             found.check(default)
             fields[name] = found
             offset += size
+        for name, value in vars(cls).items():
+            # A name with an underscore is a constant of the class.
+            plain = isinstance(value, int | bytes) and not name.startswith("_")
+            if name not in fields and (plain or isinstance(value, _Writable)):
+                raise UsageError(f"{cls.__name__}.{name} has no type, so that it would be no field; {ANNOTATE}")
         if offset > CONFIG_MAX:
             raise UsageError(f"{cls.__name__} has {offset} bytes; a configuration space has at most {CONFIG_MAX}")
         cls._fields = fields
@@ -189,8 +196,7 @@ def _size(cls: type, name: str, kind: Any) -> tuple[int, bool]:
             return size, True
         case (base, int(size)) if base is bytes and size > 0:
             return size, False
-    remedy = "annotate it with vq.u8, vq.le16, vq.le32, vq.le64 or Annotated[bytes, LENGTH]"
-    raise UsageError(f"{cls.__name__}.{name} is of no type of a configuration space; {remedy}")
+    raise UsageError(f"{cls.__name__}.{name} is of no type of a configuration space; {ANNOTATE}")
 
 
 def _writable_names(fields: dict[str, _Field]) -> str:

@@ -36,7 +36,7 @@ PROTOCOL_FEATURES: Final = v.mask(
     v.VHOST_USER_PROTOCOL_F_GPA_ADDRESSES,
 )  # fmt: skip
 # What a device may assign anew.
-OF_THE_OBJECT: Final = frozenset({"name", "_config"})
+OF_THE_OBJECT: Final = frozenset({"name", "_config", "_config_due"})
 
 
 class Device(HostedDevice):
@@ -102,6 +102,7 @@ class Device(HostedDevice):
         check_class(self.max_bytes, self.Config)
         self.name = type(self).__name__.lower()
         self._closed = False
+        self._config_due = False
         self._config: ConfigLayout | None = None
         self._throttle = Throttle()
         self._calls: deque[Callable[[], object]] = deque()
@@ -138,10 +139,10 @@ class Device(HostedDevice):
         if self.Config is None or not isinstance(config, self.Config):
             wanted = "an object of its class Config" if self.Config else "none, as it has no class Config"
             raise UsageError(f"{type(self).__name__}.config is {config!r}; it must be {wanted}")
-        object.__setattr__(config, "_changed", lambda: self.call(self.config_changed))
+        object.__setattr__(config, "_changed", self._config_assigned)
         before, self._config = self._config, config
         if before is not None and before.pack() != config.pack():
-            self.call(self.config_changed)
+            self._config_assigned()
 
     # -- for subclasses --
 
@@ -181,10 +182,12 @@ class Device(HostedDevice):
         Parameters
         ----------
         action : callable
-            Called without arguments, once. What it raises is logged, and goes to `on_error`.
+            Called without arguments, once; never if the device is closed before. What it raises is logged, and goes to
+            `on_error`.
         """
-        self._calls.append(action)
-        self._waker.wake()
+        if not self._closed:
+            self._calls.append(action)
+            self._waker.wake()
 
     def watch(self, fd: int, ready: Callable[[], object], *, writing: bool = False) -> None:
         """Call `ready` in the control thread whenever a descriptor is readable (or writable), until `unwatch`.
@@ -220,6 +223,7 @@ class Device(HostedDevice):
         if self._closed:
             return
         self._closed = True
+        self._calls.clear()
         for queue in self.chains:
             queue.close()
         self._epoll.close()
@@ -291,6 +295,16 @@ class Device(HostedDevice):
                 queue.publish()
         for queue in self.chains:
             queue.end()
+
+    def _config_assigned(self) -> None:
+        """Have the driver told, from any thread: once for all that is assigned until then."""
+        if not self._config_due:
+            self._config_due = True
+            self.call(self._tell_config)
+
+    def _tell_config(self) -> None:
+        self._config_due = False  # before it is read: what is assigned from here on is told again
+        self.config_changed()
 
     def _guarded(self, queue: DeviceQueue | None, action: Callable[[], object], fd: int | None = None) -> None:
         """Run code of the subclass; what it raises ends one queue at most."""

@@ -37,6 +37,8 @@ def queue_names(queues: int | Sequence[str]) -> list[str]:
         raise UsageError(f"queues is {queues!r}; write how many a device has, or a tuple of their names")
     if not 1 <= count <= QUEUES_MAX:
         raise UsageError(f"a device has 1 to {QUEUES_MAX} queues, not {count}")
+    if "" in names or len(set(names)) < len(names):
+        raise UsageError(f"queues is {queues!r}; each needs a name of its own, which errors and counters say")
     return names or [f"queue{index}" for index in range(count)]
 
 

@@ -407,6 +407,21 @@ def test_a_layout_that_cannot_be_is_refused() -> None:
         type("Big", (vq.ConfigLayout,), {"__annotations__": {"data": Annotated[bytes, 257]}})
     with pytest.raises(vq.UsageError, match=r"Odd.update hides"):
         type("Odd", (vq.ConfigLayout,), {"__annotations__": {"update": vq.u8}})
+    for value in (2048, b"serial", vq.writable(1), vq.writable(b"x")):
+        with pytest.raises(vq.UsageError, match=r"Odd.size has no type"):
+            type("Odd", (vq.ConfigLayout,), {"size": value})
+
+
+def test_a_layout_may_have_more_than_fields() -> None:
+    class More(Config):
+        _CAPACITY_MAX = 1 << 40
+        capacity = 7  # another beginning for a field of the base
+
+        @property
+        def full(self) -> bool:
+            return self.capacity == self._CAPACITY_MAX
+
+    assert (More().capacity, More().full) == (7, False)
 
 
 @pytest.fixture
@@ -440,6 +455,20 @@ def test_what_both_sides_change_at_once_is_kept() -> None:
 
 
 # -- life --
+
+
+def test_what_waits_for_the_loop_is_bounded(tmp_path: Path) -> None:
+    """A thread assigns a field again and again, while nobody serves the device, and after its end."""
+    device = Configured()
+    for number in range(1000):
+        device.config.capacity = number
+    assert len(device._calls) == 1
+    with serving(device, tmp_path / "s"):
+        wait_for(lambda: not device._calls)
+    for number in range(1000):
+        device.config.capacity = number
+        device.call(print)
+    assert not device._calls
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def test_features_that_cannot_be(features: Any) -> None:
         ("queues", "rx", "tuple of their names"),
         ("queues", [1], "tuple of their names"),
         ("queues", 2.5, "tuple of their names"),
+        ("queues", ("same", "same"), "a name of its own"),
+        ("queues", ("",), "a name of its own"),
         ("max_bytes", 0, "a number of bytes"),
         ("max_bytes", "1M", "a number of bytes"),
         ("Config", dict, "derived from vq.ConfigLayout"),
@@ -167,7 +169,7 @@ def test_a_configuration_space_is_of_its_class() -> None:
 
 def test_a_layout_without_fields_is_told() -> None:
     class Config(vq.ConfigLayout):
-        size = 2048
+        """Nothing, yet."""
 
     with pytest.raises(vq.UsageError, match=r"^Config has no field; one is annotated"):
         type("Odd", (vq.Device,), {"Config": Config})()
