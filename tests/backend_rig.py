@@ -22,13 +22,13 @@ from vq import virtio as v
 from vq.devices.blk import BlkDevice
 from vq.errors import BackendError, ConnectionClosed
 from vq.frontend import Frontend
-from vq.handle_postcopy import Postcopy
 from vq.hosted_device import HostedDevice
 from vq.message import FRONTEND_REQUESTS, NEED_REPLY, VERSION, Message, Request, encode
 from vq.payload import U64
 from vq.pump import Pump
 from vq.server import Server
 from vq.session import Session
+from vq.session_state import Postcopy
 from vq_core.disk import Disk
 from waiting import wait_for
 

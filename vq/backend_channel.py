@@ -12,7 +12,7 @@ from __future__ import annotations
 import select
 import struct
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vq import virtio as v
 from vq.errors import ConnectionClosed, ResourceError, UsageError, VqError
@@ -20,10 +20,8 @@ from vq.message import BACKEND_REQUESTS, BackendRequest, Fds, fds_allowed
 from vq.offer import PAGE_BYTES
 from vq.payload import VRING_NOFD_MASK, Mmap, VringArea
 from vq.request_queue import Done, RequestQueue
+from vq.session_state import SessionState
 from vq.shared_objects import SharedObjects
-
-if TYPE_CHECKING:
-    from vq.session import Session
 
 __all__ = ["BackendChannel"]
 
@@ -54,7 +52,7 @@ class BackendChannel:
         self._epoll = epoll
         self.warn = warn
         self.objects = SharedObjects(self)
-        self._session: Session | None = None
+        self._session: SessionState | None = None
         self._queue: RequestQueue | None = None
         self._config_due = False  # the configuration space has changed, and the front-end has not been told
         self.broken = False
@@ -62,7 +60,7 @@ class BackendChannel:
 
     # -- the connection --
 
-    def begin(self, session: Session) -> None:
+    def begin(self, session: SessionState) -> None:
         """There is a connection."""
         self._session = session
         self.broken = False

@@ -6,7 +6,7 @@ Spec: vhost-user, "Front-end message types"; VIRTIO 1.3, 5.1.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from vq import effects as e
 from vq.errors import FrontendError, VqError
@@ -14,29 +14,27 @@ from vq.handle_inflight import forget_inflight
 from vq.handle_rings import enable, stop
 from vq.message import Message
 from vq.payload import CONFIG_MAX, Config
-
-if TYPE_CHECKING:
-    from vq.session import Session
+from vq.session_state import SessionState
 
 MTU_MIN: Final = 68
 MTU_MAX: Final = 65535
 
 
-def send_rarp(session: Session, message: Message) -> None:
+def send_rarp(session: SessionState, message: Message) -> None:
     """Announce the guest's address to the network side."""
     mac = message.payload.to_bytes(8, sys.byteorder)[:6]
     if any(mac) and not mac[0] & 1:  # a zero or multicast source address announces nobody
         session.apply(e.SendRarp(mac))
 
 
-def net_set_mtu(session: Session, message: Message) -> None:
+def net_set_mtu(session: SessionState, message: Message) -> None:
     """Take over the guest's MTU."""
     if not MTU_MIN <= message.payload <= MTU_MAX:
         raise FrontendError(message.name, "mtu", message.payload, f"it must be {MTU_MIN} to {MTU_MAX} bytes")
     session.apply(e.SetMtu(message.payload))
 
 
-def get_config(session: Session, message: Message) -> Config | None:
+def get_config(session: SessionState, message: Message) -> Config | None:
     """Answer with as many bytes as were asked for; a failure has no other sign than an empty reply."""
     asked: Config = message.payload
     space = session.offer.config_size
@@ -53,7 +51,7 @@ def get_config(session: Session, message: Message) -> Config | None:
     return Config(asked.offset, asked.flags, data.ljust(len(asked.data), b"\0"))
 
 
-def set_config(session: Session, message: Message) -> None:
+def set_config(session: SessionState, message: Message) -> None:
     """Write into the configuration space; whether a field can be written is up to the device."""
     part: Config = message.payload
     space = session.offer.config_size
@@ -68,7 +66,7 @@ def set_config(session: Session, message: Message) -> None:
     session.apply(e.ConfigWrite(part.offset, part.data, migration))
 
 
-def reset_device(session: Session, _: Message) -> None:
+def reset_device(session: SessionState, _: Message) -> None:
     """Stop and disable all rings and reset the device; negotiation, memory and connection stay."""
     with session.all_or_close():
         for ring in session.rings:

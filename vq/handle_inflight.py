@@ -5,20 +5,16 @@ Spec: vhost-user, "Inflight I/O tracking".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vq import effects as e
 from vq import virtio as v
 from vq.errors import FrontendError
 from vq.message import Message
 from vq.payload import Inflight
+from vq.session_state import SessionState
 from vq.shared_file import check_memory_file
 
-if TYPE_CHECKING:
-    from vq.session import Session
 
-
-def get_inflight_fd(session: Session, message: Message) -> Inflight:
+def get_inflight_fd(session: SessionState, message: Message) -> Inflight:
     """Make a region and hand it out; it counts when it comes back. A size of 0 says that we make none of this shape."""
     asked: Inflight = message.payload
     problem = shape_problem(session, message.name, asked)
@@ -33,7 +29,7 @@ def get_inflight_fd(session: Session, message: Message) -> Inflight:
     return Inflight(size, 0, asked.num_queues, asked.queue_size)
 
 
-def set_inflight_fd(session: Session, message: Message) -> None:
+def set_inflight_fd(session: SessionState, message: Message) -> None:
     """Take a region for the rings that start from now on; what it holds is looked at when they do."""
     region: Inflight = message.payload
     problem = shape_problem(session, message.name, region)
@@ -47,14 +43,14 @@ def set_inflight_fd(session: Session, message: Message) -> None:
     session.has_inflight = True
 
 
-def forget_inflight(session: Session) -> None:
+def forget_inflight(session: SessionState) -> None:
     """Let go of the region, which stays the front-end's."""
     if session.has_inflight:
         session.apply(e.ClearInflight())
         session.has_inflight = False
 
 
-def shape_problem(session: Session, name: str, region: Inflight) -> FrontendError | None:
+def shape_problem(session: SessionState, name: str, region: Inflight) -> FrontendError | None:
     """Tell what is wrong with number and size of a region's queues."""
     for field, value, most in (
         ("num_queues", region.num_queues, len(session.rings)),

@@ -5,7 +5,7 @@ Spec: vhost-user, "IOMMU support".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from vq import effects as e
 from vq import virtio as v
@@ -13,15 +13,13 @@ from vq.errors import FrontendError
 from vq.message import Message
 from vq.payload import Iotlb
 from vq.region_table import ADDRESS_END
-
-if TYPE_CHECKING:
-    from vq.session import Session
+from vq.session_state import SessionState
 
 IOTLB_UPDATE: Final = 2
 IOTLB_INVALIDATE: Final = 3
 
 
-def iotlb_msg(session: Session, message: Message) -> None:
+def iotlb_msg(session: SessionState, message: Message) -> None:
     """Take over a translation, or forget some; the other types are for us to send."""
     if not v.has(session.features, v.VIRTIO_F_ACCESS_PLATFORM):
         raise FrontendError(message.name, "ACCESS_PLATFORM", "not acknowledged", "without it there is no IOMMU")
@@ -37,7 +35,7 @@ def iotlb_msg(session: Session, message: Message) -> None:
         raise FrontendError(message.name, "type", entry.type, limit)
 
 
-def update(session: Session, request: str, entry: Iotlb) -> None:
+def update(session: SessionState, request: str, entry: Iotlb) -> None:
     """Check an update; whether its memory is there is found out where it is looked up."""
     if not 1 <= entry.perm <= 3:
         raise FrontendError(request, "perm", entry.perm, "1 is read, 2 is write, 3 both")

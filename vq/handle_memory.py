@@ -5,22 +5,18 @@ Spec: vhost-user, "Multiple memory regions", "Migration".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vq import effects as e
 from vq.errors import FrontendError
-from vq.handle_postcopy import LISTENING, release_table, send_table
+from vq.handle_postcopy import release_table, send_table
 from vq.message import Message
 from vq.payload import Log, Region
 from vq.region_table import ADDRESS_END, check_regions, live, same_region, with_fd
 from vq.ring_state import prepare_signal_fd, replace_fd
+from vq.session_state import LISTENING, SessionState
 from vq.shared_file import check_memory_file
 
-if TYPE_CHECKING:
-    from vq.session import Session
 
-
-def set_mem_table(session: Session, message: Message) -> tuple[Region, ...] | None:
+def set_mem_table(session: SessionState, message: Message) -> tuple[Region, ...] | None:
     """Replace the whole table, or keep the old one; the same table again changes nothing."""
     if isinstance(message.payload, int):
         release_table(session, message)
@@ -39,12 +35,12 @@ def set_mem_table(session: Session, message: Message) -> tuple[Region, ...] | No
     return None
 
 
-def get_max_mem_slots(session: Session, _: Message) -> int:
+def get_max_mem_slots(session: SessionState, _: Message) -> int:
     """Tell how many regions the table can have, always the same."""
     return session.offer.max_mem_slots
 
 
-def add_mem_reg(session: Session, message: Message) -> None:
+def add_mem_reg(session: SessionState, message: Message) -> None:
     """Add a region beside the others."""
     region: Region = message.payload
     if len(message.fds) != 1:
@@ -58,7 +54,7 @@ def add_mem_reg(session: Session, message: Message) -> None:
     session.regions = (*session.regions, added)
 
 
-def rem_mem_reg(session: Session, message: Message) -> None:
+def rem_mem_reg(session: SessionState, message: Message) -> None:
     """Take a region out; an fd that old front-ends send along is closed unused."""
     found = next((known for known in session.regions if same_region(known.region, message.payload)), None)
     if found is None:
@@ -68,7 +64,7 @@ def rem_mem_reg(session: Session, message: Message) -> None:
     session.regions = tuple(known for known in session.regions if known is not found)
 
 
-def set_log_base(session: Session, message: Message) -> Log:
+def set_log_base(session: SessionState, message: Message) -> Log:
     """Map a dirty log in place of the one before, and answer with its description."""
     area = message.payload
     if not isinstance(area, Log):
@@ -82,7 +78,7 @@ def set_log_base(session: Session, message: Message) -> Log:
     return area
 
 
-def set_log_fd(session: Session, message: Message) -> None:
+def set_log_fd(session: SessionState, message: Message) -> None:
     """Keep the eventfd that may be signalled about log writes; nobody waits for that."""
     prepare_signal_fd(message.name, message.fds[0], write=True)
     session.log_fd = replace_fd(session.log_fd, message.take_fd())

@@ -10,35 +10,20 @@ Spec: vhost-user, "Migration", POSTCOPY_ADVISE, POSTCOPY_LISTEN, POSTCOPY_END, S
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from vq import effects as e
 from vq.errors import FrontendError, VqError
 from vq.message import Message
 from vq.payload import Region
 from vq.region_table import LiveRegion, with_fd
-
-if TYPE_CHECKING:
-    from vq.session import Session
+from vq.session_state import LISTENING, Postcopy, SessionState
 
 DONE: Final = 0
 REFUSED: Final = 1
 
 
-class Postcopy(Enum):
-    """How far a postcopy migration has come."""
-
-    OFF = 0
-    ADVISED = 1  # the front-end has our userfaultfd
-    LISTENING = 2  # each memory table is to be released by it
-    TABLE_SENT = 3  # one is being released
-
-
-LISTENING: Final = (Postcopy.LISTENING, Postcopy.TABLE_SENT)
-
-
-def advise(session: Session, message: Message) -> None:
+def advise(session: SessionState, message: Message) -> None:
     """Open a userfaultfd, whose copy goes along with the reply; a reply without one says that there is none."""
     if session.postcopy in LISTENING:
         raise FrontendError(message.name, "postcopy", "under way", "POSTCOPY_END comes first")
@@ -51,7 +36,7 @@ def advise(session: Session, message: Message) -> None:
         session.postcopy = Postcopy.ADVISED
 
 
-def listen(session: Session, message: Message) -> int:
+def listen(session: SessionState, message: Message) -> int:
     """From here on memory tables are released by the front-end."""
     if session.postcopy is not Postcopy.ADVISED:
         return _refuse(session, message, "POSTCOPY_ADVISE comes before it, and it comes once")
@@ -61,7 +46,7 @@ def listen(session: Session, message: Message) -> int:
     return DONE
 
 
-def end(session: Session, message: Message) -> int:
+def end(session: SessionState, message: Message) -> int:
     """All pages have come: the userfaultfd is of no use any more."""
     if session.postcopy is not Postcopy.LISTENING:
         return _refuse(session, message, "it comes after POSTCOPY_LISTEN, and not while a memory table is released")
@@ -71,7 +56,7 @@ def end(session: Session, message: Message) -> int:
 
 
 def send_table(
-    session: Session, message: Message, regions: tuple[Region, ...], table: tuple[LiveRegion, ...]
+    session: SessionState, message: Message, regions: tuple[Region, ...], table: tuple[LiveRegion, ...]
 ) -> tuple[Region, ...]:
     """Map a table, and tell where its regions lie; it counts when the front-end has released it."""
     if session.postcopy is Postcopy.TABLE_SENT:
@@ -85,7 +70,7 @@ def send_table(
     return tuple(region._replace(user_addr=place) for region, place in zip(regions, places, strict=True))
 
 
-def release_table(session: Session, message: Message) -> None:
+def release_table(session: SessionState, message: Message) -> None:
     """The front-end can serve our faults: the table that was sent last counts from here on."""
     if session.postcopy is not Postcopy.TABLE_SENT or message.payload != 0:
         limit = "a word must be 0, and come after a table of a postcopy migration"
@@ -97,6 +82,6 @@ def release_table(session: Session, message: Message) -> None:
     session.postcopy = Postcopy.LISTENING
 
 
-def _refuse(session: Session, message: Message, limit: str) -> int:
+def _refuse(session: SessionState, message: Message, limit: str) -> int:
     session.warn(str(FrontendError(message.name, "postcopy", session.postcopy.name.lower(), limit)))
     return REFUSED

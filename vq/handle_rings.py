@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from vq import effects as e
 from vq import virtio as v
@@ -17,19 +16,17 @@ from vq.errors import FrontendError, VqError
 from vq.message import Message
 from vq.payload import VringAddr, VringState
 from vq.ring_state import FdKind, RingState, check_alignment, check_num, prepare_signal_fd
-
-if TYPE_CHECKING:
-    from vq.session import Session
+from vq.session_state import SessionState
 
 
-def set_vring_num(session: Session, message: Message, ring: RingState) -> None:
+def set_vring_num(session: SessionState, message: Message, ring: RingState) -> None:
     """Set the number of entries."""
     state: VringState = message.payload
     check_num(message.name, ring.index, state.num, session.packed)
     ring.num = state.num
 
 
-def set_vring_addr(session: Session, message: Message, ring: RingState) -> None:
+def set_vring_addr(session: SessionState, message: Message, ring: RingState) -> None:
     """Keep the addresses; they are looked up at the start. On a started ring only logging can be switched."""
     addr: VringAddr = message.payload
     check_alignment(message.name, addr, session.packed)
@@ -42,24 +39,24 @@ def set_vring_addr(session: Session, message: Message, ring: RingState) -> None:
     ring.addr = addr
 
 
-def set_vring_base(_session: Session, message: Message, ring: RingState) -> None:
+def set_vring_base(_session: SessionState, message: Message, ring: RingState) -> None:
     """Set where the ring is to go on."""
     ring.base = message.payload.num
 
 
-def get_vring_base(session: Session, _: Message, ring: RingState) -> VringState:
+def get_vring_base(session: SessionState, _: Message, ring: RingState) -> VringState:
     """Stop the ring and tell where; a ring that never ran answers the base that was set."""
     stop(session, ring)
     return VringState(ring.index, ring.base)
 
 
-def get_vring_base_skip_drain(session: Session, _: Message, ring: RingState) -> VringState:
+def get_vring_base_skip_drain(session: SessionState, _: Message, ring: RingState) -> VringState:
     """Stop the ring with requests in flight, which the in-flight region tells of; without one they are done first."""
     stop(session, ring, suspend=True)
     return VringState(ring.index, ring.base)
 
 
-def set_vring_kick(session: Session, message: Message, ring: RingState) -> None:
+def set_vring_kick(session: SessionState, message: Message, ring: RingState) -> None:
     """Replace the kick fd, and start the ring if it stands."""
     fd = signal_fd(message, write=False)
     if ring.started:
@@ -70,25 +67,25 @@ def set_vring_kick(session: Session, message: Message, ring: RingState) -> None:
     ring.replace_fd("kick_fd", fd)
 
 
-def set_vring_call(session: Session, message: Message, ring: RingState) -> None:
+def set_vring_call(session: SessionState, message: Message, ring: RingState) -> None:
     """Replace the call fd, at any time: QEMU does so whenever the guest masks its interrupt."""
     replace_output(session, message, ring, "call_fd", e.SetCall)
     ring.by_message = False
 
 
-def set_vring_err(session: Session, message: Message, ring: RingState) -> None:
+def set_vring_err(session: SessionState, message: Message, ring: RingState) -> None:
     """Replace the err fd."""
     replace_output(session, message, ring, "err_fd", e.SetErr)
 
 
-def set_vring_enable(session: Session, message: Message, ring: RingState) -> None:
+def set_vring_enable(session: SessionState, message: Message, ring: RingState) -> None:
     """Set the enable flag; front-ends do it long before features, memory or a kick."""
     if message.payload.num not in (0, 1):
         raise FrontendError(message.name, f"ring {ring.index}: num", message.payload.num, "0 disables, 1 enables")
     enable(session, ring, message.payload.num == 1)
 
 
-def set_vring_endian(session: Session, message: Message, ring: RingState) -> None:
+def set_vring_endian(session: SessionState, message: Message, ring: RingState) -> None:
     """Take note of the byte order of a ring of a legacy driver: only our own can be served.
 
     A ring of VERSION_1 is little-endian, whatever this says; one of a legacy driver has the order of the guest. Serving
@@ -103,7 +100,7 @@ def set_vring_endian(session: Session, message: Message, ring: RingState) -> Non
         raise FrontendError(message.name, f"ring {ring.index}: order", order.num, limit)
 
 
-def vring_kick(session: Session, message: Message, ring: RingState) -> None:
+def vring_kick(session: SessionState, message: Message, ring: RingState) -> None:
     """Kick by message; it starts a stopped ring as a kick fd does."""
     if ring.started:
         session.apply(e.Kick(ring.index))
@@ -111,7 +108,7 @@ def vring_kick(session: Session, message: Message, ring: RingState) -> None:
         start(session, message.name, ring, e.INBAND if ring.kick_fd is None else ring.kick_fd)
 
 
-def start(session: Session, request: str, ring: RingState, kick_fd: int | None) -> None:
+def start(session: SessionState, request: str, ring: RingState, kick_fd: int | None) -> None:
     """Start a ring on the message, without waiting for a kick: newer front-ends send none."""
     inband = session.negotiated(v.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS)
     try:
@@ -130,7 +127,7 @@ def start(session: Session, request: str, ring: RingState, kick_fd: int | None) 
     ring.started = True
 
 
-def stop(session: Session, ring: RingState, *, suspend: bool = False) -> None:
+def stop(session: SessionState, ring: RingState, *, suspend: bool = False) -> None:
     """Stop a ring if it runs, remember where it stopped, and let go of kick and call fd; enable flag stays."""
     if ring.started:
         ring.base = session.apply(e.StopRing(ring.index, suspend))
@@ -139,14 +136,14 @@ def stop(session: Session, ring: RingState, *, suspend: bool = False) -> None:
     ring.replace_fd("call_fd", None)
 
 
-def enable(session: Session, ring: RingState, enabled: bool) -> None:
+def enable(session: SessionState, ring: RingState, enabled: bool) -> None:
     """Set the enable flag if it differs."""
     if ring.enabled != enabled:
         session.apply(e.EnableRing(ring.index, enabled))
         ring.enabled = enabled
 
 
-def enable_all(session: Session, enabled: bool) -> None:
+def enable_all(session: SessionState, enabled: bool) -> None:
     """Set the enable flag of all rings."""
     with session.all_or_close():
         for ring in session.rings:
@@ -154,7 +151,7 @@ def enable_all(session: Session, enabled: bool) -> None:
 
 
 def replace_output(
-    session: Session,
+    session: SessionState,
     message: Message,
     ring: RingState,
     kind: FdKind,

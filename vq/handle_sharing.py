@@ -6,15 +6,13 @@ Spec: vhost-user, "Migrating back-end state", VHOST_USER_GET_SHARED_OBJECT, VHOS
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from vq import effects as e
 from vq.errors import FrontendError, VqError
 from vq.message import Message
 from vq.payload import SHMEM_REGIONS_MAX, Transfer
-
-if TYPE_CHECKING:
-    from vq.session import Session
+from vq.session_state import SessionState
 
 STATE_NO_FD: Final = 1 << 8  # the front-end's own pipe is used
 STATE_FAILED: Final = 1
@@ -23,7 +21,7 @@ LOAD: Final = 1
 STOPPED: Final = 0  # the only phase that there is
 
 
-def set_device_state_fd(session: Session, message: Message) -> int:
+def set_device_state_fd(session: SessionState, message: Message) -> int:
     """Begin to save or load the device's state, while it stands still."""
     transfer: Transfer = message.payload
     try:
@@ -41,7 +39,7 @@ def set_device_state_fd(session: Session, message: Message) -> int:
     return STATE_NO_FD
 
 
-def check_device_state(session: Session, _: Message) -> Any:
+def check_device_state(session: SessionState, _: Message) -> Any:
     """Tell how the transfer has ended; the answer waits for its end."""
     try:
         ok = session.apply(e.CheckState())
@@ -51,14 +49,14 @@ def check_device_state(session: Session, _: Message) -> Any:
     return session.LATER if ok is None else int(not ok)
 
 
-def get_shared_object(session: Session, message: Message) -> None:
+def get_shared_object(session: SessionState, message: Message) -> None:
     """Answer with the descriptor of an object that this device shares, or with none."""
     fd = session.apply(e.GetSharedObject(message.payload))
     if fd is not None:
         session.reply_fds.append(os.dup(fd))
 
 
-def get_shmem_config(session: Session, _: Message) -> tuple[int, ...]:
+def get_shmem_config(session: SessionState, _: Message) -> tuple[int, ...]:
     """Tell which shared memory regions the device has, always the same."""
     sizes = dict(session.offer.shmem)
     return (len(sizes), *(sizes.get(shmid, 0) for shmid in range(SHMEM_REGIONS_MAX)))

@@ -11,10 +11,9 @@ Spec: vhost-user, "Communication", "Ring states", "Front-end message types".
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import Enum
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from vq import effects as e
 from vq import (
@@ -32,8 +31,8 @@ from vq.errors import FrontendError, ResourceError, UsageError, VqError
 from vq.message import FRONTEND_REQUESTS, Message, Request, Rule, close_fds, encode_ack, encode_reply
 from vq.offer import SERVED_PROTOCOL_FEATURES, UNSERVED_FEATURES, Offer
 from vq.payload import VRING_INDEX_MASK
-from vq.region_table import LiveRegion
 from vq.ring_state import RingState, replace_fd
+from vq.session_state import LISTENING, Postcopy, SessionState
 
 __all__ = ["SERVED_PROTOCOL_FEATURES", "TRANSITIONS", "UNSERVED_FEATURES", "Offer", "Session"]
 
@@ -63,8 +62,8 @@ class Transition(NamedTuple):
     silent: Silent = Silent.CLOSE
 
 
-class Session:
-    """One connection's worth of protocol state.
+class Session(SessionState):
+    """The back-end's side of one connection.
 
     Parameters
     ----------
@@ -78,72 +77,9 @@ class Session:
 
     Notes
     -----
-    The session owns the fds of rings, the log event and the back-end channel. Only the control thread may call it. The
-    attributes belong to the handlers; everybody else reads them at most.
+    Only the control thread may call it. Its state (`vq.session_state`) belongs to the handlers; everybody else reads it
+    at most.
     """
-
-    # What a handler returns whose answer must wait: it runs again in `resume`, and until then nothing else is received.
-    LATER: ClassVar = object()
-
-    def __init__(
-        self, offer: Offer, apply: Callable[[e.Effect], Any], warn: Callable[[str], None] = log.warning
-    ) -> None:
-        self.offer = offer
-        self._apply = apply
-        self._warn = warn
-        self.closed = False
-        self.refused_count = 0
-        self.features = 0
-        self.features_known = False  # a SET_FEATURES has succeeded
-        self.features_refused = False  # the last one has failed
-        self.protocol_features = 0
-        self.status = 0
-        self.regions: tuple[LiveRegion, ...] = ()
-        self.postcopy = handle_postcopy.Postcopy.OFF
-        self.table_sent: tuple[LiveRegion, ...] = ()  # of postcopy: it waits for its release
-        self.rings = [RingState(index) for index in range(offer.queue_count)]
-        self.has_log = False
-        self.log_fd: int | None = None
-        self.has_inflight = False
-        self.backend_channel_fd: int | None = None
-        self.reply_fds: list[int] = []  # they go with the reply that `receive` has just given, and are closed then
-        self._owed: Message | None = None
-
-    @property
-    def suspended(self) -> bool:
-        """Whether all rings are stopped, so that guest memory must not be written."""
-        return not any(ring.started for ring in self.rings)
-
-    @property
-    def packed(self) -> bool | None:
-        """The layout of the rings; None as long as no features have been acknowledged."""
-        return v.has(self.features, v.VIRTIO_F_RING_PACKED) if self.features_known else None
-
-    def apply(self, effect: e.Effect) -> Any:
-        """Have the data plane obey; whatever it fails with arrives as a `VqError`."""
-        try:
-            return self._apply(effect)
-        except OSError as problem:
-            raise ResourceError(f"{type(effect).__name__} failed", errno=problem.errno or 0) from problem
-
-    @contextmanager
-    def all_or_close(self) -> Iterator[None]:
-        """Make a failure inside fatal: the effects belong together, and from the middle there is no way back."""
-        try:
-            yield
-        except VqError as failure:
-            failure.fatal = True
-            raise
-
-    def negotiated(self, bit: int) -> bool:
-        """Tell whether a protocol feature has been negotiated."""
-        return v.has(self.protocol_features, bit)
-
-    def warn(self, text: str) -> None:
-        """Log a refusal; a front-end that floods us gets a line for each power of two."""
-        self.refused_count += 1
-        if self.refused_count <= 16 or self.refused_count & (self.refused_count - 1) == 0:
-            self._warn(f"{text} (refusal {self.refused_count} of this connection)")
 
     def receive(self, message: Message) -> bytes | None:
         """Serve one message; afterwards its fds are taken over or closed.
@@ -198,7 +134,7 @@ class Session:
             return
         self.closed = True
         last: list[e.Effect] = [e.StopRing(ring.index) for ring in self.rings if ring.started]
-        if self.postcopy is not handle_postcopy.Postcopy.OFF:
+        if self.postcopy is not Postcopy.OFF:
             last.insert(0, e.AbandonPostcopy())  # a worker that waits for a page could not stop its ring
         if self.regions:
             last.append(e.SetMemory(()))
@@ -260,7 +196,7 @@ class Session:
     def _has_own_reply(self, message: Message) -> bool:
         rule = FRONTEND_REQUESTS.get(message.request)
         if message.request == Request.SET_MEM_TABLE:
-            return self.postcopy in handle_postcopy.LISTENING and not isinstance(message.payload, int)
+            return self.postcopy in LISTENING and not isinstance(message.payload, int)
         if message.request == Request.SET_LOG_BASE:  # without LOG_SHMFD it is an older message that has none
             return self.negotiated(v.VHOST_USER_PROTOCOL_F_LOG_SHMFD)
         return rule is not None and rule.reply is not None

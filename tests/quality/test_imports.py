@@ -15,7 +15,7 @@ from quality.tree import ROOT, below, name, without_comments
 HEAVY = {"asyncio", "cyclopts", "msgspec", "numpy", "pyroute2", "rich", "vq_core"}
 
 # The rooms without input and output: what they may not know, so that they can be tested and reused by themselves.
-SANS_IO = ["effects", "message", "payload", "session", "offer", "region_table", "ring_state", "virtio"]
+SANS_IO = ["effects", "message", "payload", "session", "session_state", "offer", "region_table", "ring_state", "virtio"]
 SANS_IO += ["handle_device", "handle_features", "handle_memory", "handle_postcopy", "handle_rings"]
 SOCKETS = {"asyncio", "selectors", "socket", "ssl"}
 OUTER_ROOMS = {"vq.transport", "vq.endpoint", "vq.backend", "vq.frontend", "vq.frontend_messages", "vq.pump"}
