@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Message], int | None]
 
 MESSAGES_MAX: Final = 64  # served in one go
+NESTED_MAX: Final = 8  # requests that are served while another one's handler waits for the back-end
 
 
 class RequestServer:
@@ -62,6 +63,7 @@ class RequestServer:
         self.handlers: dict[int, Handler] = dict(handlers or {})
         self.served = 0
         self.refused = 0
+        self._nested = 0  # calls of `dispatch` that are under way
 
     def fileno(self) -> int:
         """The descriptor to wait for; -1 when closed."""
@@ -95,6 +97,7 @@ class RequestServer:
             The stream is broken; the channel is closed.
         """
         count = 0
+        self._nested += 1
         try:
             self._connection.flush()
             while count < MESSAGES_MAX and not self.closed:
@@ -111,6 +114,8 @@ class RequestServer:
         except BaseException:
             self.close()
             raise
+        finally:
+            self._nested -= 1
         return count
 
     def _answer(self, message: Message) -> None:
@@ -141,6 +146,9 @@ class RequestServer:
             problem = ("features", "not negotiated", "the request needs them")
         elif handler is None:
             problem = ("request", "not served", "this front-end does without")
+        elif self._nested > NESTED_MAX:
+            # A back-end that asks on instead of answering would take us ever deeper.
+            problem = ("request", "inside of others", f"at most {NESTED_MAX} are served inside of each other")
         if problem is not None:
             raise BackendError(message.name, *problem)
         assert handler is not None

@@ -27,6 +27,8 @@ __all__ = ["NotifierPages", "ObjectDirectory", "ShmemWindows"]
 WRITABLE: Final = 1
 PAGE: Final = resource.getpagesize()
 END: Final = 1 << 63  # files reach no further
+PARTS_MAX: Final = 4096  # mapped at once: each takes one of the mappings that a process may have
+OBJECTS_MAX: Final = 1024  # that one device shares
 
 
 class Mapped(Protocol):
@@ -85,6 +87,8 @@ class ShmemWindows:
                 value = f"{part.len} bytes at {part.shm_offset}"
                 limit = f"{length} bytes at {offset} are mapped already"
                 raise BackendError(message.name, f"region {shmid}", value, limit)
+        if len(self._parts) >= PARTS_MAX:
+            raise BackendError(message.name, "mappings", len(self._parts) + 1, f"at most {PARTS_MAX} at once")
         _check_file(message, part.fd_offset, part.len)
         mapped = self._map_file(message.fds[0], part.fd_offset, part.len, bool(part.flags & WRITABLE))
         self._parts[part.shmid, part.shm_offset, part.len] = mapped
@@ -175,6 +179,9 @@ class ObjectDirectory:
             uuid = uuid_of(message)
             if uuid in self.owners:
                 raise BackendError(message.name, "uuid", uuid, "it is shared already")
+            shared = sum(owner is frontend for owner in self.owners.values())
+            if shared >= OBJECTS_MAX:
+                raise BackendError(message.name, "objects", shared + 1, f"a device shares at most {OBJECTS_MAX}")
             self.owners[uuid] = frontend
 
         def remove(message: Message) -> None:

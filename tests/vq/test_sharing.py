@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from vq import check
 from vq import virtio as v
 from vq.check.outcome import Outcome as CheckOutcome
 from vq.errors import BackendError, FrontendError, ResourceError, UsageError
+from vq.frontend import Frontend
 from vq.message import BACKEND_REQUESTS, BackendRequest, Request
 from vq.offer import Offer
 from vq.payload import Mmap, VringArea
-from vq.windows import NotifierPages, ObjectDirectory, ShmemWindows
+from vq.windows import OBJECTS_MAX, NotifierPages, ObjectDirectory, ShmemWindows
 
 B = BackendRequest
 PAGE = mmap.PAGESIZE
@@ -299,6 +302,37 @@ def test_objects_are_told_to_each_front_end(hosted: Hosted, path: str, file: int
         hosted.call(hosted.channel.objects.withdraw, uuid4())
     with pytest.raises(ResourceError):
         hosted.call(hosted.channel.objects.look_up, first, Outcome())
+
+
+def test_a_back_end_shares_so_many_objects_and_no_more(peer: Peer) -> None:
+    directory = ObjectDirectory()
+    handler = directory.handlers(peer.frontend)[B.SHARED_OBJECT_ADD]
+    raw = RawBackend(peer.frontend, SHARED_OBJECT_ADD=handler)
+    for number in range(1, OBJECTS_MAX + 3):
+        raw.say(B.SHARED_OBJECT_ADD, UUID(int=number).bytes)
+        assert raw.answer()[3] == (number > OBJECTS_MAX)
+    assert len(directory.owners) == OBJECTS_MAX
+    directory.owners[UUID(int=1 << 99)] = peer.frontend  # of another device there is room for as many
+    raw.sock.close()
+
+
+def test_a_back_end_that_asks_instead_of_answering_gets_no_further(no_fd_is_left: None) -> None:
+    """It looks up an object of its own again and again while it is asked for that."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        frontend = Frontend.adopt(ours, timeout=0.3)
+        frontend.protocol_features = ALL
+        directory = ObjectDirectory()
+        uuid = uuid4()
+        directory.owners[uuid] = frontend
+        raw = RawBackend(frontend, SHARED_OBJECT_LOOKUP=directory.handlers(frontend)[B.SHARED_OBJECT_LOOKUP])
+        count = 1500
+        raw.sock.sendall((struct.pack("=III", B.SHARED_OBJECT_LOOKUP, 1, 16) + uuid.bytes) * count)
+        while raw.server.refused < count:
+            assert raw.server.dispatch()
+        assert not raw.server.closed
+        raw.sock.close()
+        frontend.close()
 
 
 @pytest.mark.parametrize(("value", "fds"), [(0, 0), (0, 2), (1, 1), (7, 1)])
