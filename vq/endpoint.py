@@ -81,7 +81,7 @@ class Listener:
     def close(self) -> None:
         """Stop listening, and remove the socket file if it is still the one that we made."""
         if self._own is not None:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # it is not there any more, or the way to it is not
                 status = os.lstat(self.path)
                 if (status.st_dev, status.st_ino) == self._own:
                     os.unlink(self.path)

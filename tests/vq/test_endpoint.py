@@ -248,6 +248,16 @@ def test_a_connector_tries_again_when_too_many_files_are_open(path: str) -> None
     listener.close()
 
 
+def test_a_listener_closes_when_there_is_no_way_to_its_file(path: str) -> None:
+    folder = Path(path).parent / "inner"
+    folder.mkdir()
+    listener = listen(str(folder / "sock"))
+    folder.rename(folder.with_name("elsewhere"))
+    folder.write_text("a file in its place")
+    listener.close()
+    assert listener.fileno() == -1
+
+
 def test_inherited_listening_socket_is_never_unlinked(path: str) -> None:
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(path)
