@@ -11,13 +11,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vq
 from driver_rig import every_layout
 from vhost_rig import open_fds
-from vq.devices.vsock import ANSWERS_MAX, BUFFER, STREAMS_MAX, VsockDevice
+from vq.devices.vsock import ANSWERS_MAX, BUFFER, PACKETS_MAX, STREAMS_MAX, VsockDevice
 from vq.devices.vsock_callers import CALLERS_MAX
 from vq.devices.vsock_stream import HEADER, HOST, NO_RECEIVE, NO_SEND, Op, Packet
 from vq.testing import Guest, serving
@@ -338,6 +339,37 @@ def test_many_streams_take_turns(peer: Peer, server: socket.socket) -> None:
     assert all(2 <= ports.count(port) <= 4 for port in range(8))
     for stream in streams:
         stream.close()
+
+
+def test_data_without_end_is_passed_on_in_turns(peer: Peer, server: socket.socket) -> None:
+    """However much room the guest has, and however fast the host writes; and nothing of it stays behind."""
+    turns, small = [0], 56
+    device = peer.device
+    flush, send = device._flush, device._send
+
+    def counted_flush() -> None:
+        turns.append(0)
+        flush()
+
+    def counted_send(*packet: Any) -> None:
+        turns[-1] += 1
+        send(*packet)
+
+    with connect(peer, server, buf_alloc=0) as stream:
+        device._flush, device._send = counted_flush, counted_send  # type: ignore[method-assign]
+        length = 20 * ROOM + 100 * small
+        stream.sendall(bytes(length))
+        stream.shutdown(socket.SHUT_WR)
+        assert peer.heard() == [(Op.CREDIT_REQUEST, b"")]
+        for _ in range(100):
+            peer.guest.send(room=HEADER.size + small)
+        peer.say(Op.CREDIT_UPDATE)
+        op, size = Op.RW, 0
+        while op == Op.RW:
+            ((op, data),) = peer.heard()
+            size += len(data)
+        assert (op, size) == (Op.SHUTDOWN, length)
+    assert max(turns) == PACKETS_MAX
 
 
 # -- what makes no sense --

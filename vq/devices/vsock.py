@@ -36,6 +36,7 @@ BUFFER: Final = 256 << 10  # bytes of a guest that wait for the host's program, 
 STREAMS_MAX: Final = 1024
 ANSWERS_MAX: Final = 256  # packets without data that wait for a buffer of the guest
 DATA_MAX: Final = 64 << 10  # bytes of one packet
+PACKETS_MAX: Final = 64  # for the guest in one go; then messages and other queues have their turn
 CID_FIRST, CID_LAST = 3, 0xFFFFFFFE  # below are the host and what is reserved, above is "any" (5.10.4)
 LONGEST: Final = "_4294967295"  # behind the path
 
@@ -89,6 +90,7 @@ class VsockDevice(Device):
         self._ready: dict[Stream, None] = {}  # whose sockets have something for the guest, in turns
         self._answers: deque[tuple[tuple[int, int], Op, int]] = deque()
         self._spare: DeviceChain | None = None  # a buffer of the guest, for the next packet
+        self._more = False  # `_flush` has ended early, and is called again
         self._ports = itertools.cycle(range(1 << 30, 1 << 31))
         self._events = select.epoll()
         self._callers = Callers(path, self._events, self._dial)
@@ -221,7 +223,9 @@ class VsockDevice(Device):
 
     def _flush(self) -> None:
         """Fill buffers of the guest: answers first, then what host sockets have, a packet of each in turn."""
-        while (self._answers or self._ready) and (chain := self._buffer()):
+        for _ in range(PACKETS_MAX):
+            if not (self._answers or self._ready) or (chain := self._buffer()) is None:
+                return
             if self._answers:
                 key, op, flags = self._answers.popleft()
                 self._send(chain, key, op, flags)
@@ -245,6 +249,13 @@ class VsockDevice(Device):
                 self._send(chain, stream.key, Op.RW, 0, data)
             else:
                 self._end_of_host(stream)
+        if not self._more:
+            self._more = True
+            self.call(self._go_on)
+
+    def _go_on(self) -> None:
+        self._more = False
+        self._flush()
 
     def _buffer(self) -> DeviceChain | None:
         """A buffer of the guest; it is kept until something was written to it."""
