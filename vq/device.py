@@ -219,9 +219,17 @@ class Device(HostedDevice):
                 self._epoll.unregister(fd)
 
     def close(self) -> None:
-        """Release all descriptors, after the last connection has ended; may be called twice."""
+        """Release all descriptors, after the last connection has ended; may be called twice.
+
+        Raises
+        ------
+        UsageError
+            A ring runs; nothing was released.
+        """
         if self._closed:
             return
+        if any(queue.size for queue in self.chains):
+            raise UsageError(f"device {self.name} runs; close its back-end or server first")
         self._closed = True
         self._calls.clear()
         for queue in self.chains:

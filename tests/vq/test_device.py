@@ -471,6 +471,18 @@ def test_what_waits_for_the_loop_is_bounded(tmp_path: Path) -> None:
     assert not device._calls
 
 
+def test_a_device_that_runs_is_not_closed(tmp_path: Path) -> None:
+    before = open_fds()
+    device = Configured()
+    with serving(device, tmp_path / "s"), Guest(tmp_path / "s") as guest:
+        with pytest.raises(vq.UsageError, match="close its back-end or server first"):
+            device.close()
+        assert guest.ask(b"x") is not None
+    del device, guest
+    gc.collect()
+    assert open_fds() == before
+
+
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     before = open_fds()
     for _ in range(3):
