@@ -53,12 +53,18 @@ class Reaper:
         stuck = self.busy > 0
         self._given += 1
         self._work.put(fd)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="vq-reaper", daemon=True)
-            self._thread.start()
-        if not stuck:
+        if self._begin() and not stuck:
             with self._progress:
                 self._progress.wait_for(lambda: not self.busy, GRACE_S)
+
+    def _begin(self) -> bool:
+        """Start the thread, unless it runs; False: there is no room for one now, and `active` tries again."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="vq-reaper", daemon=True)
+            with suppress(RuntimeError):
+                thread.start()
+                self._thread = thread
+        return self._thread is not None
 
     def stop(self) -> None:
         """End the thread when it has closed everything; it is not waited for."""
@@ -69,6 +75,8 @@ class Reaper:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make `close_fd` use this reaper, in this thread."""
+        if self.busy:
+            self._begin()
         before, _active.reaper = _active.reaper, self
         try:
             yield

@@ -55,6 +55,20 @@ def test_the_path_of_a_file_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> 
     reaper.stop()
 
 
+def test_without_room_for_a_thread_closing_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    reaper = Reaper()
+    with monkeypatch.context() as patch, open(os.devnull) as file:
+        patch.setattr(threading.Thread, "start", no_room)
+        reaper.close(os.dup(file.fileno()))
+    assert reaper.busy == 1
+    with reaper.active():
+        wait_for(lambda: not reaper.busy)
+    reaper.stop()
+
+
 def test_ordinary_descriptors_are_closed_when_close_returns() -> None:
     reaper = Reaper()
     with open(os.devnull) as file:
