@@ -199,7 +199,13 @@ class Connection:
         if waiting > SEND_FDS_MAX:
             limit = f"a peer may leave {SEND_FDS_MAX} unread"
             raise self._error("messages to it", "unread descriptors", waiting, limit, fatal=True)
-        self._unsent.append((rest, [os.dup(fd) for fd in fds]))
+        copies: list[int] = []
+        try:
+            copies.extend(os.dup(fd) for fd in fds)
+        except BaseException:
+            close_fds(copies)
+            raise
+        self._unsent.append((rest, copies))
         self._unsent_bytes += len(rest)
 
     def flush(self) -> None:

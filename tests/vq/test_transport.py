@@ -305,6 +305,24 @@ def test_peer_that_does_not_read_is_given_up(pair: Pair) -> None:
     assert caught.value.fatal
 
 
+def test_no_copy_is_left_of_fds_that_cannot_wait(pair: Pair) -> None:
+    ours, _ = pair
+    fill(ours)
+    fd = memfd()
+    before = open_fds()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = os.dup(fd)
+    os.close(last)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, hard))  # room for one and not for eight
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            ours.send(encode_ack(Request.GET_INFLIGHT_FD, failed=False), [fd] * 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_fds() == before
+    os.close(fd)
+
+
 def test_few_fds_wait_for_a_peer_that_does_not_read(pair: Pair) -> None:
     """Each takes one of those that all connections share."""
     ours, _ = pair
