@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,22 @@ def test_what_comes_before_there_is_a_buffer_waits(vq_guest: Connect) -> None:
     guest.send(room=64, queue=RECEIVEQ)
     assert guest.used(queue=RECEIVEQ)[0][1] == b" bird"
     os.close(feed)
+
+
+def test_a_file_is_read_to_its_end(vq_guest: Connect, tmp_path: Path) -> None:
+    """Nothing can wait for files; a service has /dev/null as its input."""
+    (tmp_path / "input").write_bytes(b"0123456789" * 1000)
+    source = os.open(tmp_path / "input", os.O_RDONLY)
+    device = ConsoleDevice(source, os.open(os.devnull, os.O_WRONLY))
+    guest = vq_guest(device, queues=2)
+    got = b""
+    while len(got) < 10000:
+        guest.send(room=4000, queue=RECEIVEQ)
+        got += guest.used(queue=RECEIVEQ)[0][1]
+    assert got == b"0123456789" * 1000
+    guest.send(room=4000, queue=RECEIVEQ)
+    guest.ask(b"still there", queue=TRANSMITQ)
+    assert not device.queues[RECEIVEQ].broken
 
 
 def test_a_guest_waits_for_a_sink_that_nobody_reads(vq_guest: Connect) -> None:

@@ -24,7 +24,8 @@ class ConsoleDevice(Device):
     Parameters
     ----------
     source, sink
-        Descriptors, which are the device's from now on and do not block from now on.
+        Descriptors, which are the device's from now on and do not block from now on. A source that is a file is read to
+        its end.
 
     Attributes
     ----------
@@ -54,6 +55,7 @@ class ConsoleDevice(Device):
         self._sink = os.dup(sink) if sink == source else sink  # two events, two descriptors
         self._rest = b""  # the sink was full
         self._input = b""  # the guest had no more room
+        self._reading = False  # a file, soon
         self.path: str | None = None
         for fd in (self._source, self._sink):
             os.set_blocking(fd, False)
@@ -124,9 +126,19 @@ class ConsoleDevice(Device):
 
     def _listen(self) -> None:
         """Look at the source as long as the guest has taken what came, and has room for more."""
-        if self._feed():
-            self.unwatch(self._source)
+        if not self._feed():
+            return
+        self.unwatch(self._source)
+        try:
             self.watch(self._source, self._arrived)
+        except PermissionError:  # a file, or /dev/null: all that it has is there, and nothing can be waited for
+            if not self._reading:
+                self._reading = True
+                self.call(self._read_on)
+
+    def _read_on(self) -> None:
+        self._reading = False
+        self._arrived()
 
     def _feed(self) -> bool:
         """Fill buffers of the guest with what has come; whether there is another one for what comes."""
