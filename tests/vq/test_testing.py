@@ -13,7 +13,7 @@ import pytest
 import vq
 from vq import virtio as v
 from vq.errors import BackendError, UsageError
-from vq.testing import Guest
+from vq.testing import Guest, serving
 from vq_core.queue import Queue
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -196,3 +196,20 @@ def test_a_guest_sends_bytes_of_any_kind(vq_guest: Callable[..., Guest], data: A
 def test_a_guest_sends_no_text(vq_guest: Callable[..., Guest]) -> None:
     with pytest.raises(TypeError, match="bytes-like"):
         vq_guest(Failing()).ask("41", room=2)  # type: ignore[arg-type]
+
+
+def test_what_ended_the_server_is_told_rather_than_its_silence(tmp_path: Path) -> None:
+    class Leaving(vq.Device):
+        def handle(self, queue: vq.DeviceQueue) -> None:
+            raise SystemExit(3)
+
+    def ask() -> None:
+        with Guest(path) as guest:
+            guest.timeout = 0.1
+            guest.ask(room=1)
+
+    path = tmp_path / "s"
+    with pytest.raises(SystemExit) as ended, serving(Leaving(), path):
+        ask()
+    assert ended.value.code == 3
+    assert isinstance(ended.value.__cause__, BackendError)

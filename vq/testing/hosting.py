@@ -47,12 +47,23 @@ def serving(device: HostedDevice, path: str | Path) -> Iterator[Server]:
     thread.start()
     try:
         yield server
-    finally:
-        server.request_stop()
-        thread.join(END_S)
-        if thread.is_alive():
-            remedy = "look for a hook of the device that waits"
-            raise ResourceError(f"the server of {path} does not end", path=str(path), remedy=remedy)
-        server.close()
+    except Exception as seen:  # perhaps nothing but what a server that has ended looks like from outside
+        _end(server, thread, path)
+        if problems:
+            raise problems[0] from seen
+        raise
+    except BaseException:
+        _end(server, thread, path)
+        raise
+    _end(server, thread, path)
     if problems:
         raise problems[0]
+
+
+def _end(server: Server, thread: threading.Thread, path: str | Path) -> None:
+    server.request_stop()
+    thread.join(END_S)
+    if thread.is_alive():
+        remedy = "look for a hook of the device that waits"
+        raise ResourceError(f"the server of {path} does not end", path=str(path), remedy=remedy)
+    server.close()
