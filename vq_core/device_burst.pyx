@@ -130,7 +130,7 @@ cdef class DeviceBurst(PacketArrays):
         cdef answer_t* answer
         self._check()
         if rows.count != self.count:
-            raise ValueError(f"{rows.count} answers to {self.count} chains")
+            raise ValueError(f"{rows.count} answers to {self.count} chains; each wants one, if only of no bytes")
         for i in range(self._run._chains):
             if <uint64_t>rows._lengths[i] > self._run.answers[i].span.writable_bytes:
                 raise ValueError(f"{rows._lengths[i]} bytes to chain {i}; it has room for "
@@ -168,7 +168,7 @@ cdef class DeviceBurst(PacketArrays):
         if lengths is not None:
             lengths = np.array(lengths, np.int64)
             if lengths.shape != (self.count,):
-                raise ValueError(f"lengths of shape {lengths.shape} for {self.count} chains")
+                raise ValueError(f"lengths of shape {lengths.shape}, not ({self.count},), one for each chain")
             row = lengths
         with cython.critical_section(self):
             self._check()

@@ -105,8 +105,8 @@ cdef class DeviceQueue(TakingQueue):
         """
         cdef DeviceBurst burst
         if not (1 <= most <= PULL_MAX and 0 <= header <= HEADER_MAX):
-            raise ValueError(f"{most} chains with headers of {header} bytes; 1 to {PULL_MAX} of up to {HEADER_MAX} are "
-                             "possible")
+            raise ValueError(f"most is {most}, header is {header}; 1 to {PULL_MAX} chains with headers of up to "
+                             f"{HEADER_MAX} bytes are possible")
         if self._bursts == 0 or self._bytes == 0:
             return None
         burst = burst_take(self, min(<uint32_t>most, self._bursts), <uint32_t>header, self._bytes)
