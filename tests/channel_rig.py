@@ -76,7 +76,7 @@ class Hosted:
         assert self.server.backend is not None
         self.backend = self.server.backend
         self.channel = self.backend.channel
-        self._thread = threading.Thread(target=self.server.run)
+        self._thread = threading.Thread(target=self.server.run, daemon=True)  # a test that fails ends all the same
         self._thread.start()
 
     def call(self, action: Callable[..., Any], *args: Any, **options: Any) -> Any:
