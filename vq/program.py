@@ -55,7 +55,7 @@ def load_program(words: str) -> Program:
         There is no such module or name, or it is no program, or was made for another ABI.
     """
     place, separator, name = words.rpartition(":")
-    if not separator or not place or not name.isidentifier():
+    if not separator or not place or not name.isidentifier() or _has_another_name(place):
         raise UsageError(f"program {words!r}; write module:function or path/to/file.py:function")
     with redirect_stdout(sys.stderr):  # what a module prints is no part of results, which may be JSON
         module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
@@ -68,6 +68,11 @@ def load_program(words: str) -> Program:
     if program is None:
         raise UsageError(f"program {words!r} is None")
     return program
+
+
+def _has_another_name(place: str) -> bool:
+    """Whether a second colon stands behind the file or the module; the path of a file may have some before."""
+    return ":" in place and not place.endswith(".py")
 
 
 def _is_one(value: Any, module: ModuleType) -> bool:

@@ -31,6 +31,7 @@ cdef struct chain_worker_t:
     uint8_t* reply               # and for its answer
     uint32_t limit               # bytes of each
     int epoll_fd
+    int report_fd                # eventfd, signalled when one of its queues breaks; -1 when closed
     bint stopping
     bint busy                    # never sleep
     uint64_t answered            # counters: one writer, the worker

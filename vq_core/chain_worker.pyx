@@ -146,7 +146,7 @@ cdef class ChainWorker:
     """
 
     def __cinit__(self):
-        self.worker.epoll_fd = -1
+        self.worker.epoll_fd = self.worker.report_fd = -1
         self.queues = ()
 
     def __init__(self, queues, *, limit=4096, cpu=None, poll="adaptive"):
@@ -176,6 +176,7 @@ cdef class ChainWorker:
         if self.worker.epoll_fd < 0 or epoll_move(-1, self.worker.epoll_fd, self.mailbox.box.event_fd, EPOLLIN):
             PyErr_SetFromErrno(OSError)
         self.mailbox.box.epoll_fd = self.worker.epoll_fd
+        self.worker.report_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.queues = wanted
         self.worker.queue_count = len(wanted)
         for i in range(self.worker.queue_count):
@@ -183,6 +184,8 @@ cdef class ChainWorker:
             self.worker.queues[i] = &queue.queue
             queue.mailbox = self.mailbox
             queue.queue.epoll_fd = self.worker.epoll_fd
+            if queue.queue.report_fd < 0:
+                queue.queue.report_fd = self.worker.report_fd
 
     def __dealloc__(self):
         free(self.worker.queues)
@@ -190,6 +193,8 @@ cdef class ChainWorker:
         free(self.worker.reply)
         if self.worker.epoll_fd >= 0:
             os.close(self.worker.epoll_fd)
+        if self.worker.report_fd >= 0:
+            os.close(self.worker.report_fd)
 
     cdef int64_t answer(self, exchange_t* exchange) noexcept nogil:
         return 0
@@ -223,10 +228,22 @@ cdef class ChainWorker:
         for queue in self.queues:
             queue.mailbox = None
             queue.queue.epoll_fd = -1
+            if queue.queue.report_fd == self.worker.report_fd:
+                queue.queue.report_fd = -1
         self.mailbox.box.epoll_fd = -1
         self.mailbox.close()
         os.close(self.worker.epoll_fd)
         self.worker.epoll_fd = -1
+        os.close(self.worker.report_fd)
+        self.worker.report_fd = -1
+
+    @property
+    def report_fd(self):
+        """int or None: eventfd that is signalled when a queue breaks, unless that had one of its own before.
+
+        A device gives it to who hosts it, as its `report_fd`, so that the log says why. None after `close`.
+        """
+        return self.worker.report_fd if self.worker.report_fd >= 0 else None
 
     def snapshot(self):
         """dict: cpu, rounds, answered, refused, empty_rounds, busy_cycles, idle_cycles, sleeps since the start."""

@@ -71,7 +71,9 @@ cdef class NativeProgram(Program):
     abi : int
         VQ_PROGRAM_ABI of the header that it was written by.
     state : int
-        Address that it gets as its first argument; 0 for NULL. Keep what lies there for as long as the program.
+        Address that it gets as its first argument; 0 for NULL. Keep what lies there for as long as the program. Of
+        ctypes it is ``ctypes.addressof(state)``, of cffi ``int(ffi.cast("uintptr_t", state))``, and an array of numpy
+        has it as ``array.ctypes.data``.
     name : str
         For people.
 
@@ -79,14 +81,19 @@ cdef class NativeProgram(Program):
     ------
     ValueError
         It was made for another ABI, or is nothing with an address, or no code lies there.
+    TypeError
+        The state is no address.
     """
 
-    def __cinit__(self, function, *, int abi, uintptr_t state=0, str name=""):
+    def __cinit__(self, function, *, int abi, state=0, str name=""):
         if abi != PROGRAM_ABI:
             raise ValueError(f"the program was made for ABI {abi}, this is {PROGRAM_ABI}: build it by the "
                              "vq_program.h of this version")
         self.program.run = <program_run_t><uintptr_t>_code_address(function)
-        self.program.state = <void*>state
+        if not isinstance(state, int):
+            raise TypeError(f"the state is {state!r}; it must be an address: ctypes.addressof(state), of cffi "
+                            'int(ffi.cast("uintptr_t", state)), of numpy array.ctypes.data')
+        self.program.state = <void*><uintptr_t>state
         self.name = name or getattr(function, "__name__", "native")
         self._keep = function
 
@@ -147,6 +154,10 @@ cdef int _read_verdicts(answer, uint16_t* verdicts, uint32_t count) except -1:
     cdef const int64_t[::1] wide
     cdef uint32_t i
     found = np.asarray(answer)
+    if found.ndim != 1:
+        what = f"an array of {found.ndim} dimensions" if found.ndim else f"of type {type(answer).__name__}"
+        raise ValueError(f"the answer of the program is {what}; return an array with a verdict for each packet, such "
+                         "as numpy.full(burst.count, DROP), or None if all pass")
     if len(found) != <Py_ssize_t>count:
         raise ValueError(f"{len(found)} verdicts for {count} packets")
     if found.dtype is UINT16:
@@ -154,7 +165,8 @@ cdef int _read_verdicts(answer, uint16_t* verdicts, uint32_t count) except -1:
         memcpy(verdicts, &row[0], 2 * count)
         return 0
     if found.dtype.kind not in "iu":
-        raise ValueError(f"verdicts are an array of {found.dtype}; they must be whole numbers")
+        remedy = "; of a mask make them by numpy.where(mask, DROP, PASS)" if found.dtype.kind == "b" else ""
+        raise ValueError(f"verdicts are an array of {found.dtype}; they must be whole numbers{remedy}")
     wide = np.ascontiguousarray(found, np.int64)
     for i in range(count):
         if not 0 <= wide[i] <= VERDICT_DROP:

@@ -35,6 +35,7 @@ class Hashing(vq.HostedDevice):
         self.queues = [Queue(0, "queue0"), Queue(1, "queue1")]
         self.offer = vq.Offer(FEATURES, PROTOCOL, queue_count=2, queue_num_answer=2)
         self.worker = HashWorker(self.queues, limit=1 << 16)
+        self.report_fd = self.worker.report_fd  # who serves the device logs then why a queue broke
         self._thread = threading.Thread(target=self.worker.run, name="hashing")
 
     def start(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import subprocess
 import threading
@@ -106,6 +107,11 @@ def test_a_program_of_cffi(library: ctypes.CDLL) -> None:
         assert found["null"]["to_null"]["packets"] == 500
     with pytest.raises(vq.UsageError, match="wrap compiled code"):
         as_program(function)
+
+
+def test_a_state_that_is_no_address_is_told_how_to_get_it(library: ctypes.CDLL) -> None:
+    with pytest.raises(TypeError, match=r"ctypes.addressof\(state\)"):
+        vq.NativeProgram(library.anywhere, abi=1, state=ctypes.c_uint32(7))  # type: ignore[arg-type]
 
 
 def test_addresses_without_code(library: ctypes.CDLL) -> None:
@@ -319,6 +325,16 @@ def test_verdicts_without_form_drop_everything(answer: Callable[[int], Any]) -> 
     assert program.error is not None
 
 
+@pytest.mark.parametrize(
+    ("answer", "remedy"),
+    [(lambda count: DROP, "numpy.full"), (lambda count: np.ones(count, bool), r"numpy.where\(mask, DROP, PASS\)")],
+)
+def test_verdicts_without_form_are_told_with_what_to_write(answer: Callable[[int], Any], remedy: str) -> None:
+    program = vq.PythonProgram(lambda burst: answer(burst.count))
+    run(["gen:count=40,size=64", "null:"], program)
+    assert re.search(remedy, str(program.error))
+
+
 # -- misuse --
 
 
@@ -390,6 +406,7 @@ def test_a_program_of_numba() -> None:
     ("words", "text"),
     [
         ("program", "write module:function"),
+        (f"{EXAMPLES}/program.py:mirror:twice", "write module:function"),
         ("no.such.module:f", "cannot be imported"),
         ("nowhere.py:f", "no file"),
         (f"{EXAMPLES}/program.py:nothing", "it has no_ipv6, mirror"),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import vq
 from vq import virtio as v
+from vq.server import Server
 from vq.testing import Guest
 from vq_core.chain_worker import ChainWorker
 from vq_core.driver import Buffer
 from vq_core.queue import Queue
+from waiting import wait_for
 
 FEATURES = v.mask(
     v.VIRTIO_F_VERSION_1,
@@ -40,6 +43,7 @@ class Swallow(vq.HostedDevice):
         self.queues = [Queue(0, "queue0"), Queue(1, "queue1")]
         self.offer = vq.Offer(FEATURES, PROTOCOL, queue_count=2, queue_num_answer=2)
         self.worker = ChainWorker(self.queues)
+        self.report_fd = self.worker.report_fd
         self._thread = threading.Thread(target=self.worker.run)
 
     def start(self) -> None:
@@ -84,6 +88,24 @@ def test_a_bad_chain_breaks_its_queue_alone(vq_frontend: Connect, layout: str) -
     assert device.queues[0].snapshot()["broken"] is not None
     assert device.queues[1].snapshot()["broken"] is None
     assert other.ask(b"x") == b""
+
+
+def test_a_broken_queue_is_reported_to_who_serves_the_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    device = Swallow()
+    with Server(device, path=tmp_path / "s") as server:
+        serving = threading.Thread(target=server.run)
+        serving.start()
+        try:
+            with vq.Frontend.connect(tmp_path / "s") as frontend:
+                driver = frontend.driver(1, 8)
+                driver.add([(OUTSIDE, 64)])
+                driver.kick()
+                # Nothing more is sent: a message would make the back-end look by itself.
+                wait_for(lambda: "(queue1) address outside" in caplog.text)
+        finally:
+            server.request_stop()
+            serving.join()
+    assert device.worker.report_fd is None
 
 
 def test_messages_come_through_under_load(vq_frontend: Connect) -> None:
