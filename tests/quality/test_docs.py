@@ -204,3 +204,11 @@ def test_the_tutorial_has_the_first_device() -> None:
     program = (ROOT / "examples/first_device.py").read_text()
     assert f"```python\n{program}```" in (ROOT / "docs/devices.md").read_text()
     assert program.count("\n") <= 20
+
+
+def test_the_text_about_cython_has_parts_of_the_example() -> None:
+    folder = ROOT / "examples/cython_device"
+    text = (ROOT / "docs/devices.md").read_text().partition("## In Cython")[2].partition("\n## ")[0]
+    device, host = (match[2] for match in FENCE.finditer(text) if match[1] in ("cython", "python"))
+    assert device in (folder / "fnv.pyx").read_text()
+    assert host in (folder / "hashing.py").read_text()
