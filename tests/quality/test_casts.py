@@ -40,6 +40,7 @@ CAST_FILES = {
     "vq_core/chain_queue.pyx": "Python bytes objects, and the private copy of a request",
     "vq_core/device_chain.pyx": "Python buffers that a chain is read into and written from",
     "vq_core/disk.pyx": "the rest of a part that the kernel has moved in part",
+    "vq_core/program.pyx": "the state of a compiled program, as trusted as its code",
     "vq_core/packets.pxd": "payload of the driver's own buffers",
     "vq_core/traffic_engine.pyx": "payload of the driver's own buffers",
     "vq_core/ports/vhost.pyx": "a Python bytes object",
