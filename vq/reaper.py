@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,7 +47,8 @@ class Reaper:
 
     def close(self, fd: int) -> None:
         """Close a descriptor, in place if that cannot take long; waits a moment for the thread if it is not stuck."""
-        if _never_waits(fd):
+        # An interpreter that ends begins no thread any more; Python 3.11 would wait for it for ever.
+        if _never_waits(fd) or sys.is_finalizing():
             with suppress(OSError):
                 os.close(fd)
             return

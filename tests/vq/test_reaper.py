@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -67,6 +69,20 @@ def test_without_room_for_a_thread_closing_is_made_up_for(monkeypatch: pytest.Mo
     with reaper.active():
         wait_for(lambda: not reaper.busy)
     reaper.stop()
+
+
+def test_an_interpreter_that_ends_begins_no_thread() -> None:
+    """What is left to be closed then, as by a program that dies of an error, must not keep it from ending."""
+    code = (
+        "import socket\n"
+        "from vq.reaper import Reaper\n"
+        "class Last:\n"
+        "    def __init__(self): self.reaper, self.pair = Reaper(), socket.socketpair()\n"
+        "    def __del__(self): self.reaper.close(self.pair[0].detach()); print('closed')\n"
+        "last = Last()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "closed\n")
 
 
 def test_ordinary_descriptors_are_closed_when_close_returns() -> None:
