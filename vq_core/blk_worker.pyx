@@ -236,9 +236,9 @@ cdef class BlkWorker:
         if self.worker.queues != NULL:
             for i in range(self.worker.queue_count):
                 free(self.worker.queues[i].requests)
+            if self.worker.epoll_fd >= 0:
+                os.close(self.worker.epoll_fd)
         free(self.worker.queues)
-        if self.worker.epoll_fd >= 0:
-            os.close(self.worker.epoll_fd)
 
     def run(self):
         """Serve the queues until `stop`; for a thread of its own, which is bound to `cpu`."""

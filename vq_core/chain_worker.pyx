@@ -1,5 +1,6 @@
 """The loop of a ChainWorker, and its life."""
 from cpython.exc cimport PyErr_SetFromErrno
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from vq_core.arch cimport vq_cycles, vq_fence, vq_load_u32, vq_pause, vq_store_release_u32
@@ -31,6 +32,7 @@ cdef int _serve(ChainWorker owner, chain_worker_t* worker, int index) noexcept n
     cdef request_t request
     cdef exchange_t exchange
     cdef int64_t length
+    cdef uint32_t room
     cdef int count = 0
     cdef uint64_t steps = 0, copied = 0
     while count < CHAIN_BURST and steps < ROUND_STEPS and copied < ROUND_BYTES \
@@ -43,9 +45,9 @@ cdef int _serve(ChainWorker owner, chain_worker_t* worker, int index) noexcept n
         exchange.data_bytes = request.copied
         exchange.readable_bytes = request.readable_bytes
         exchange.reply = worker.reply
-        exchange.reply_bytes = <uint32_t>min(request.writable_bytes, <uint64_t>worker.limit)
+        room = exchange.reply_bytes = <uint32_t>min(request.writable_bytes, <uint64_t>worker.limit)
         length = owner.answer(&exchange)
-        if length < 0 or length > <int64_t>exchange.reply_bytes:
+        if length < 0 or length > <int64_t>room:     # our own number: the exchange is the subclass's to write to
             queue_break(queue, BROKEN_REFUSED, request.id)
             worker.refused += 1
             break
@@ -203,14 +205,21 @@ cdef class ChainWorker:
         """Serve the queues until `stop`; for a thread of its own, which is bound to `cpu`."""
         if self.worker.epoll_fd < 0:
             raise ValueError("the worker was closed, or a subclass has not called __init__")
-        if self.cpu is not None:
-            os.sched_setaffinity(0, {self.cpu})
-        with nogil:
-            vq_store_release_u32(&self.mailbox.box.running, 1)
-            vq_fence()           # pairs with the fence in handover_run
-            _loop(self, &self.worker, &self.mailbox.box)
-            # From here on posters drain the mailbox themselves, and nothing is under way.
-            vq_store_release_u32(&self.mailbox.box.running, 0)
+        if self.mailbox.thread:
+            raise ValueError("the worker runs already, in another thread")
+        # Before the GIL is given up: from here on `close` refuses.
+        self.mailbox.thread = PyThread_get_thread_ident()
+        try:
+            if self.cpu is not None:
+                os.sched_setaffinity(0, {self.cpu})
+            with nogil:
+                vq_store_release_u32(&self.mailbox.box.running, 1)
+                vq_fence()           # pairs with the fence in handover_run
+                _loop(self, &self.worker, &self.mailbox.box)
+                # From here on posters drain the mailbox themselves, and nothing is under way.
+                vq_store_release_u32(&self.mailbox.box.running, 0)
+        finally:
+            self.mailbox.thread = 0
 
     def stop(self):
         """End `run`."""
@@ -221,7 +230,7 @@ cdef class ChainWorker:
         cdef Queue queue
         if self.worker.epoll_fd < 0:
             return
-        if vq_load_u32(&self.mailbox.box.running):
+        if self.mailbox.thread:
             raise ValueError("the worker runs; stop it first")
         if any(queue.started for queue in self.queues):
             raise ValueError("a queue of the worker is started; stop it first")

@@ -54,6 +54,9 @@ cdef class DeviceBurst(PacketArrays):
                 burst.complete()
     """
 
+    def __init__(self):
+        raise TypeError("bursts are made by their queue alone: call pull()")
+
     cdef int _check(self) except -1:
         if self._run._over:
             raise ValueError("the burst was completed already; nothing of it can be used any more")

@@ -25,7 +25,7 @@ cdef class DeviceChain(Taken):
     cdef uint64_t _written           # and `write`
     cdef uint64_t _touched           # where the furthest write ended
     cdef uint64_t _length            # of the answer, once it is completed
-    cdef list _shown                 # segments and views of them that were given out
+    cdef list _shown                 # segments, and weak references to the views of them that were given out
 
     cdef tuple _views(self, uint32_t first, uint32_t end, bint writable)
     cdef int _release(self) except -1

@@ -8,6 +8,8 @@ from vq_core.queue_state cimport BROKEN_REFUSED, queue_break, queue_t
 from vq_core.ring cimport ring_give_back
 from vq_core.taken cimport Taken
 
+from weakref import ref
+
 
 cdef class Segment:
     """A part of a chain that lies in one piece; exports its bytes as a buffer."""
@@ -50,8 +52,8 @@ cdef class DeviceChain(Taken):
         cdef Segment segment
         cdef uint32_t i
         self._check()
-        if self._shown is None:
-            self._shown = []
+        # Those that nobody has any more go: who looks again and again into a long chain would fill the memory.
+        self._shown = [shown for shown in self._shown or () if (<Segment>shown[0])._views]
         views = []
         for i in range(first, end):
             segment = Segment.__new__(Segment)
@@ -60,7 +62,7 @@ cdef class DeviceChain(Taken):
             segment._length = <Py_ssize_t>self._parts.items[i].length
             segment._writable = writable
             view = memoryview(segment)
-            self._shown.append((segment, view))
+            self._shown.append((segment, ref(view)))
             views.append(view)
         return tuple(views)
 
@@ -148,9 +150,9 @@ cdef class DeviceChain(Taken):
         """
         cdef uint64_t length, room = self._span.writable_bytes
         cdef Py_buffer buffer
-        self._check()
         PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE)
         try:
+            self._check()            # here: what has shown its bytes may be somebody's code
             length = <uint64_t>buffer.len
             if offset > room or length > room - offset:
                 raise ValueError(f"{length} bytes at {offset}; the chain has room for {room}")
@@ -169,9 +171,11 @@ cdef class DeviceChain(Taken):
         cdef Segment segment
         if self._shown is None:
             return 0
-        for segment, view in self._shown:
+        for segment, shown in self._shown:
+            view = shown()
             try:
-                view.release()
+                if view is not None:
+                    view.release()
             except BufferError:
                 pass             # something was made of it, and counts below
             if segment._views:
@@ -199,10 +203,11 @@ cdef class DeviceChain(Taken):
         BufferError
             A view of it is still in use. The chain stays as it is.
         """
-        cdef uint64_t used
+        cdef uint64_t used = 0 if length is None else length
         with cython.critical_section(self):
             self._check()
-            used = self._written if length is None else length
+            if length is None:
+                used = self._written
             if used > self._span.writable_bytes:
                 raise ValueError(f"a length of {used} bytes; the chain has room for {self._span.writable_bytes}")
             self._release()

@@ -257,7 +257,8 @@ cdef class Disk:
         self.disk.ready = False
 
     def __dealloc__(self):
-        self.close()
+        if self.disk.fd or self.disk.direct_fd:      # both 0: the arguments were refused, and nothing was opened
+            self.close()
 
     def close(self):
         """Close the file, when no request is under way any more; may be called twice."""

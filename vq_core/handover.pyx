@@ -98,7 +98,8 @@ cdef class Mailbox:
         self._lock = threading.Lock()
 
     def __dealloc__(self):
-        self.close()
+        if self.box.event_fd or self.box.epoll_fd:   # both 0: the arguments were refused, and nothing was opened
+            self.close()
 
     def close(self):
         """Close the descriptor, when no worker drains the mailbox any more; may be called twice."""

@@ -10,8 +10,9 @@ TABLES_MAX = 16                  # of either kind that are kept
 
 cdef class Table:
     def __cinit__(self, shape, dtype, uint32_t item, *, bint whole=False, bint swapped=False):
-        self.array = np.zeros(shape, dtype)
-        self.flat = self.array.view(np.uint8).reshape(-1)
+        made = np.zeros(shape, dtype)
+        self.flat = made.view(np.uint8).reshape(-1)
+        self.array = made[...]       # what others see owns nothing, so that they cannot resize it under us
         self.item = item
         self.whole = whole
         self.swapped = swapped

@@ -24,7 +24,7 @@ cdef class PacketRows:
     """
 
     def __cinit__(self, data, lengths=None):
-        array = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+        array = np.asarray(data) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
         if array.dtype != np.uint8 or array.ndim not in (1, 2):
             raise ValueError(f"data is an array of {array.ndim} dimensions of {array.dtype}; it must be of 1 or 2, of "
                              "uint8")

@@ -107,8 +107,9 @@ cdef class Burst(PacketArrays):
         self._length_row = self._own_lengths
         self._lengths = self._own_lengths.view()
         self._lengths.flags.writeable = False
-        self._verdicts = np.zeros(BURST_MAX, np.uint16)
-        self._verdict_row = self._verdicts
+        verdicts = np.zeros(BURST_MAX, np.uint16)
+        self._verdict_row = verdicts
+        self._verdicts = verdicts[...]       # owns nothing, so that no program can resize it under us
 
     cdef int _check(self) except -1:
         if self._packets == NULL:

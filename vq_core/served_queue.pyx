@@ -39,7 +39,7 @@ cdef class ServedQueue:
         queue.queue.epoll_fd = self._epoll_fd
 
     def __dealloc__(self):
-        if self._epoll_fd >= 0:
+        if self._epoll_fd > 0:       # 0: the arguments were refused, and nothing was opened
             os.close(self._epoll_fd)
 
     def fileno(self):

@@ -5,6 +5,7 @@ TURN_STEPS: int
 HELD: int
 
 class Taken:
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     @property
     def alive(self) -> bool: ...
 

@@ -25,6 +25,9 @@ HELD = HELD_MAX
 cdef class Taken:
     """One chain or several that were taken together, and are completed together."""
 
+    def __init__(self):
+        raise TypeError("chains are made by their queue alone: iterate over it, or call pop() or pull()")
+
     def __dealloc__(self):
         free(self._parts.items)
 

@@ -199,7 +199,7 @@ cdef class Worker:
 
     def close(self):
         """Close the worker's descriptors, after `run` has returned and its plan is empty; may be called twice."""
-        if vq_load_u32(&self.mailbox.box.running):
+        if self.mailbox.thread:
             raise ValueError("the worker runs; stop it first")
         if self._plan._owned:
             raise ValueError("the worker still has flows; set an empty plan first")
@@ -211,16 +211,21 @@ cdef class Worker:
 
     def run(self):
         """Move packets until `stop`; for a thread of its own, which is bound to `cpu`."""
-        if self.cpu is not None:
-            os.sched_setaffinity(0, {self.cpu})
+        if self.mailbox.thread:
+            raise ValueError("the worker runs already, in another thread")
+        # Before the GIL is given up: from here on `close` refuses.
         self.mailbox.thread = PyThread_get_thread_ident()
-        with nogil:
-            vq_store_release_u32(&self.mailbox.box.running, 1)
-            vq_fence()           # pairs with the fence in handover_run
-            _loop(self.worker, &self.mailbox.box)
-            # From here on posters drain the mailbox themselves.
-            vq_store_release_u32(&self.mailbox.box.running, 0)
-        self.mailbox.thread = 0
+        try:
+            if self.cpu is not None:
+                os.sched_setaffinity(0, {self.cpu})
+            with nogil:
+                vq_store_release_u32(&self.mailbox.box.running, 1)
+                vq_fence()           # pairs with the fence in handover_run
+                _loop(self.worker, &self.mailbox.box)
+                # From here on posters drain the mailbox themselves.
+                vq_store_release_u32(&self.mailbox.box.running, 0)
+        finally:
+            self.mailbox.thread = 0
 
     def stop(self):
         """End `run` at its next burst boundary."""

@@ -69,6 +69,8 @@ def shown(ring: list[tuple[int, int, int, int]], byte: Callable[[int], int | Non
     """What a device sees of a chain."""
     data, room = bytearray(), 0
     for part in walk(ring, byte, head):
+        if part.addr + part.length >= 1 << 64:
+            raise BrokenError("address outside the guest's memory")
         if part.writable:
             length = min(part.length, LIMIT - room)
             room += length

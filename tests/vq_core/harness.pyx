@@ -17,6 +17,7 @@
     arm(port, index, pull, push)                     ask an endpoint for wake-ups, as a worker does before it sleeps
     set_accepts(port, index, accepts)                what an endpoint of any port says it accepts
     twin(port, receiveq, head, first)            chain_twin for a chain whose first descriptor was read already
+    Boaster(queues)                              a ChainWorker whose answers are longer than their room, which it raises
     drain(fd)                                    what a waiting driver does with an eventfd that was signalled
     measure_offload, measure_forward, measure_sum    cycles
 
@@ -28,11 +29,12 @@ add up, more segments than a burst holds, offloads that it does not accept.
 import os
 from collections import namedtuple
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from vq_core.arch cimport vq_cycles, vq_load_acquire_u32, vq_store_release_u32
 from vq_core.chain cimport chain_twin, twin_t
+from vq_core.chain_worker cimport ChainWorker, exchange_t
 from vq_core.memory cimport region_t
 from vq_core.net cimport net_header_check
 from vq_core.offload cimport Offload, checksum_add, checksum_fold, offload_push
@@ -560,6 +562,12 @@ def measure_forward(SwitchLane lane, Feed feed, int port, Offload work, int roun
             source.release(source, burst, burst.count)
     free(burst)
     return cycles, packets
+
+
+cdef class Boaster(ChainWorker):
+    cdef int64_t answer(self, exchange_t* exchange) noexcept nogil:
+        exchange.reply_bytes += 1
+        return exchange.reply_bytes
 
 
 def measure_sum(bytes data, int rounds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -38,11 +39,11 @@ class Swallow(vq.HostedDevice):
 
     in_order = True
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[ChainWorker] = ChainWorker) -> None:
         self.name = "swallow"
         self.queues = [Queue(0, "queue0"), Queue(1, "queue1")]
         self.offer = vq.Offer(FEATURES, PROTOCOL, queue_count=2, queue_num_answer=2)
-        self.worker = ChainWorker(self.queues)
+        self.worker = kind(self.queues)
         self.report_fd = self.worker.report_fd
         self._thread = threading.Thread(target=self.worker.run)
 
@@ -164,3 +165,14 @@ def test_long_chains_end_a_round_early(vq_guest: Callable[..., Guest], layout: s
     now = device.worker.snapshot()
     assert now["answered"] == 32
     assert now["rounds"] - now["empty_rounds"] >= 32 * 1024 // 5120
+
+
+def test_an_answer_that_makes_its_own_room_breaks_its_queue(vq_frontend: Connect, harness: ModuleType) -> None:
+    """Whatever a subclass writes into the exchange: nothing behind the worker's memory goes to the driver."""
+    device = Swallow(harness.Boaster)
+    driver = vq_frontend(device).driver(0, 8)
+    driver.add([b"x"], [1 << 16])
+    driver.kick()
+    driver.stop()  # a boundary of the worker lies behind this
+    assert "does not take" in device.queues[0].snapshot()["broken"]
+    assert device.worker.snapshot()["refused"] == 1

@@ -187,6 +187,8 @@ cdef class PcapPort(Port):
         pcap_replay_wire(self.endpoints[0])
 
     def __dealloc__(self):
+        if self.endpoints == NULL:   # the arguments were refused, and nothing was opened
+            return
         self.let_go()
         if self.writer.fd >= 0:
             os.close(self.writer.fd)
