@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 
 from vq import effects as e
 from vq import virtio as v
-from vq.errors import FrontendError, UsageError, VqError
+from vq.errors import ConnectionClosed, FrontendError, UsageError, VqError
 from vq.hosted_device import HostedDevice
 from vq.inband import Inband
 from vq.postcopy import PostcopyMemory
@@ -204,6 +204,8 @@ class Applier:
             self.waiting[ring.index] = ring.base
             return
         self.device.ring_starting(ring.index)
+        if self.memory is None:  # a hook that ends the connection
+            raise ConnectionClosed("closed by us")
         self.device.queues[ring.index].start(
             self.memory, ring.num, ring.desc, ring.avail, ring.used, ring.base, self.features,
             kick_fd=ring.kick_fd, call_fd=ring.call_fd, err_fd=ring.err_fd, enabled=ring.enabled,

@@ -119,6 +119,7 @@ class Backend(Closing):
         self.one_connection = False
         self._throttle = Throttle()
         self.closed = False
+        self._dispatching = self._ending = False
         device.settle = self._settle
         device.report = self.report
         self._epoll = select.epoll()
@@ -171,15 +172,29 @@ class Backend(Closing):
         return self._session.features if self._session is not None else 0
 
     def dispatch(self) -> None:
-        """Serve what is there, without waiting; never raises for what a peer did."""
-        with self._reaper.active():
-            self._dispatch()
+        """Serve what is there, without waiting; never raises for what a peer did.
+
+        Raises
+        ------
+        UsageError
+            A hook of the device, or `changed`, calls it: what it is called from is not done yet.
+        """
+        if self._dispatching:
+            raise UsageError(f"device {self.device.name}: dispatch was called by what it has called; return from that")
+        self._dispatching = True
+        try:
+            with self._reaper.active():
+                self._dispatch()
+        finally:
+            self._dispatching = False
 
     def _dispatch(self) -> None:
         found = dict(self._epoll.poll(0))
         # The front-end of before may be coming again: its old connection is read to its end first.
         leaving = self._connection is not None and found.get(self._connection.fileno(), 0) & select.EPOLLHUP
         for fd, events in found.items():
+            if self.closed:  # by what was called
+                return
             if fd == self._timer.fileno():
                 self._timer.clear()
                 self._on_timer()
@@ -276,6 +291,8 @@ class Backend(Closing):
             return
         self.closed = True
         self._end("closed by us")
+
+    def _release(self) -> None:
         if self._listener is not None:
             self._listener.close()
         self.channel.close()
@@ -352,6 +369,17 @@ class Backend(Closing):
 
     def _end(self, reason: str) -> None:
         """Forget the connection and everything that came by it."""
+        if self._ending:  # a hook that is told of the end calls this too; what it asked for is done below
+            return
+        self._ending = True
+        try:
+            self._forget(reason)
+        finally:
+            self._ending = False
+        if self.closed and not self._epoll.closed:
+            self._release()
+
+    def _forget(self, reason: str) -> None:
         connection, session, applier = self._connection, self._session, self._applier
         self._connection = self._session = self._applier = None
         with self._reaper.active():
@@ -470,6 +498,8 @@ class Backend(Closing):
             logger.error("device=%s%s", self.device.name, more, exc_info=error)
 
     def _reply(self, connection: Connection, session: Session, reply: bytes | None) -> None:
+        if self._connection is not connection:
+            raise ConnectionClosed("closed by us")  # in a hook
         if reply is not None:
             self.before_reply()
             connection.send(reply, session.reply_fds)

@@ -296,7 +296,8 @@ class Device(HostedDevice):
                 os.eventfd_read(fd)
                 self.report()
         for _ in range(len(self._calls)):
-            self._guarded(None, self._calls.popleft())
+            if self._calls:  # `close`, or who serves this device itself, leaves none
+                self._guarded(None, self._calls.popleft())
         for queue in self.chains:
             if queue.waiting:
                 self._guarded(queue, lambda queue=queue: self.handle(queue))  # type: ignore[misc]
