@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vq.backend import Backend
-from vq.errors import UsageError
+from vq.errors import ResourceError, UsageError
 from vq.groups import PortArgument, parse_groups
 from vq.limits import ensure_open_files
 from vq.open_port import OpenPort, descriptors, lanes_of, open_port
@@ -140,13 +140,24 @@ class Pump:
     # -- life --
 
     def start(self) -> None:
-        """Start the workers."""
+        """Start the workers.
+
+        Raises
+        ------
+        ResourceError
+            There is no room for a thread more; the pump is stopped.
+        """
         if self._threads:
             return
         self._started = time.monotonic()
         for number, worker in enumerate(self.workers):
             thread = threading.Thread(target=worker.run, name=f"vq-worker-{number}", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self.stop()
+                remedy = "see ulimit -u, and the limit of tasks of the service"
+                raise ResourceError(f"worker {number} gets no thread ({error})", remedy=remedy) from error
             self._threads.append(thread)
         self.replan()
 

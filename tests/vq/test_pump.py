@@ -396,6 +396,26 @@ def test_impossible_processors() -> None:
         Pump(["gen:", "null:"], cpus=[4711])
 
 
+def test_a_thread_too_many_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, begun = threading.Thread.start, []
+
+    def one_only(thread: threading.Thread) -> None:
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    before = open_fds()
+    cpu = min(os.sched_getaffinity(0))
+    pump = Pump(["gen:", "null:"], cpus=[cpu, cpu])
+    monkeypatch.setattr(threading.Thread, "start", one_only)
+    with pytest.raises(ResourceError, match="worker 1 gets no thread.*ulimit -u"):
+        pump.start()
+    assert not begun[0].is_alive()
+    pump.stop()
+    assert open_fds() == before
+
+
 def test_duration_and_intervals() -> None:
     seen: list[dict[str, Any]] = []
     with Pump(["gen:rate=1000", "null:"]) as pump:
