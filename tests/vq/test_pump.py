@@ -409,7 +409,7 @@ def test_a_thread_too_many_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch
     cpu = min(os.sched_getaffinity(0))
     pump = Pump(["gen:", "null:"], cpus=[cpu, cpu])
     monkeypatch.setattr(threading.Thread, "start", one_only)
-    with pytest.raises(ResourceError, match="worker 1 gets no thread.*ulimit -u"):
+    with pytest.raises(ResourceError, match=r"worker 1 gets no thread.*ulimit -u"):
         pump.start()
     assert not begun[0].is_alive()
     pump.stop()
