@@ -40,6 +40,9 @@ def as_program(found: Program | Callable[[Burst], Any] | None, name: str = "") -
     if is_compiled(found) or not callable(found):
         what = f"program {name or found!r} is of type {type(found).__name__}"
         raise UsageError(f"{what}; wrap compiled code: vq.NativeProgram(function, abi=1), or give a Python function")
+    if type(found).__module__.partition(".")[0] == "numba":
+        what = f"program {name or found!r} is compiled by numba for its types, and a burst has none"
+        raise UsageError(f"{what}; make it by numba.cfunc and wrap it: vq.NativeProgram(function, abi=1)")
     if inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
         kind = "coroutine" if inspect.iscoroutinefunction(found) else "generator"
         raise UsageError(f"program {name or found!r} is a {kind}, which nobody runs; write a plain function")

@@ -38,7 +38,8 @@ def code_address(function):
     if PyCapsule_CheckExact(function):
         found = (PyCapsule_GetName(function) or b"").decode()
         if found != _SIGNATURE:
-            raise ValueError(f"the program is a function {found}; it must be {_SIGNATURE}")
+            raise ValueError(f"the program is a function {found}; it must be of type uint32_t (void *, "
+                             "const packet_t *, uint16_t *, uint32_t), with packet_t cimported from vq_core")
         return <uintptr_t>PyCapsule_GetPointer(function, PyCapsule_GetName(function))
     if isinstance(function, int) and not isinstance(function, bool):
         address = function

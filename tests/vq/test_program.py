@@ -402,6 +402,12 @@ def test_a_program_of_numba() -> None:
     assert found["null"]["to_null"]["packets"] == 64
 
 
+def test_what_numba_compiles_for_python_is_told_before() -> None:
+    numba = pytest.importorskip("numba")
+    with pytest.raises(vq.UsageError, match=r"make it by numba.cfunc"):
+        as_program(numba.njit(lambda burst: None))
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

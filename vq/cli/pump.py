@@ -59,7 +59,9 @@ def pump(
     ] = SUB_BURST,
     program: Annotated[
         str | None,
-        Parameter(help="Function that looks at each burst on its way: module:name, or path/to/file.py:name."),
+        Parameter(
+            help="Function that looks at each burst on its way, module:name or path/to/file.py:name; docs/programs.md."
+        ),
     ] = None,
     socket_path: Annotated[str | None, Parameter(help="The same as a first PORT vhost:PATH.")] = None,
     fd: Annotated[str | None, Parameter(help="The same as a first PORT vhost:fd=N.")] = None,
