@@ -15,6 +15,7 @@ from vq import virtio as v
 from vq.errors import ConnectionClosed, FrontendError, UsageError, VqError
 from vq.hosted_device import HostedDevice
 from vq.inband import Inband
+from vq.memory_maps import MemoryMaps
 from vq.postcopy import PostcopyMemory
 from vq.state_transfer import StateTransfer
 from vq.translation import Translation
@@ -77,6 +78,7 @@ class Applier:
         self.translation_changed = translation_changed
         self.features = 0
         self.memory: MemoryMap | None = None
+        self._maps = MemoryMaps()
         self.postcopy = PostcopyMemory(device.queues, wake)
         self.log: DirtyLog | None = None
         self.inflight: InflightRegion | None = None
@@ -114,9 +116,12 @@ class Applier:
 
     def _set_memory(self, effect: e.SetMemory) -> None:
         regions = [(r.guest_addr, r.size, r.user_addr, r.mmap_offset, r.fd) for r in effect.regions]
+        if regions:
+            self._maps.check()
         self._publish(MemoryMap(regions) if regions else None)
 
     def _add_region(self, effect: e.AddRegion) -> None:
+        self._maps.check()
         r = effect.region
         region = (r.guest_addr, r.size, r.user_addr, r.mmap_offset, r.fd)
         self._publish(MemoryMap([region]) if self.memory is None else self.memory.plus(region))
@@ -124,6 +129,7 @@ class Applier:
     def _remove_region(self, effect: e.RemoveRegion) -> None:
         r = effect.region
         if self.memory is not None:
+            self._maps.check()
             try:
                 rest = self.memory.minus(r.guest_addr, r.size, r.user_addr)
             except KeyError as error:
@@ -134,6 +140,7 @@ class Applier:
         return self.postcopy.advise()
 
     def _prepare_memory(self, effect: e.PrepareMemory) -> tuple[int, ...]:
+        self._maps.check()
         return self.postcopy.prepare(effect.regions)
 
     def _adopt_memory(self, effect: e.AdoptMemory) -> None:
@@ -147,6 +154,7 @@ class Applier:
 
     def _publish(self, memory: MemoryMap | None) -> None:
         """Move all started rings over; one that does not lie in the new memory stops until it does again."""
+        self._maps.note(memory)
         if self.translation is not None:
             self.memory = memory
             self.translation.set_memory(memory)

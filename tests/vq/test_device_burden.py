@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 
 import vq
+from vq.memory_maps import MAPS_MAX
+from vq.payload import Region
 from vq.testing import Guest
 from vq_core.taken import HELD, TURN_STEPS
 from waiting import wait_for
@@ -85,3 +87,29 @@ def test_a_reset_that_fails_ends_no_loop(vq_serve: Serve, caplog: pytest.LogCapt
             with Guest(path) as guest:
                 guest.frontend.barrier()
     wait_for(lambda: caplog.text.count("no idea") >= 2)
+
+
+def test_chains_that_are_kept_hold_so_many_memory_maps_at_most(vq_guest: Connect) -> None:
+    """A front-end that changes its memory after each chain is refused before the process has no mappings left."""
+    device = Keeper()
+    guest = vq_guest(device, size=4 * MAPS_MAX)
+    (row,) = guest.memory.regions
+    memory, fd = Region(*row[:4]), row[4]
+
+    def change_after_a_chain(number: int) -> None:
+        kept = len(device.kept)
+        guest.send(b"request")
+        wait_for(lambda: len(device.kept) > kept)
+        # A second region, which is another one each time.
+        more = Region(memory.guest_addr + memory.size, 4096 * (1 + number % 2), memory.user_addr + memory.size, 0)
+        guest.frontend.set_mem_table([memory, more], [fd, fd])
+
+    for number in range(MAPS_MAX - 1):
+        change_after_a_chain(number)
+    with pytest.raises(vq.BackendError, match="SET_MEM_TABLE"):
+        change_after_a_chain(MAPS_MAX - 1)
+    while device.kept:
+        device.kept.pop().complete()
+    change_after_a_chain(MAPS_MAX - 1)
+    device.kept.pop().complete()
+    guest.used(MAPS_MAX + 1)
