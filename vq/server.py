@@ -132,7 +132,7 @@ class Server(Closing):
             os.eventfd_read(fd)
             if fd == self.device.report_fd:
                 self.backend.report()
-        while self._calls:
+        for _ in range(len(self._calls)):  # one that calls again has its next turn after everybody else's
             self._calls.pop(0)()
 
 

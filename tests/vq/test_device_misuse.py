@@ -258,6 +258,21 @@ def test_a_hook_may_end_its_back_end_and_not_dispatch_it(
 # -- workers --
 
 
+def test_a_call_that_calls_again_leaves_others_their_turn(tmp_path: Path) -> None:
+    with vq.Server(Act(lambda queue: None), path=tmp_path / "s") as server:
+        calls: list[int] = []
+
+        def again() -> None:
+            calls.append(1)
+            assert len(calls) < 100
+            server.call(again)
+
+        again()
+        for turn in range(2, 5):
+            server.dispatch()
+            assert len(calls) == turn
+
+
 @pytest.mark.parametrize("make", [Worker, lambda: ChainWorker([Queue(0, "queue0")])])
 def test_a_worker_runs_in_one_thread(make: Callable[[], Any]) -> None:
     worker = make()
