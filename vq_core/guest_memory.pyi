@@ -16,6 +16,7 @@ class Region:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Block:
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     guest_addr: int
     size: int
     @property

@@ -84,6 +84,9 @@ cdef class Block:
     The bytes go back to the allocator when the last reference and the last view are dropped.
     """
 
+    def __init__(self):
+        raise TypeError("blocks are made by their memory alone: call GuestMemory.alloc()")
+
     def __dealloc__(self):
         if self.region is not None and self.region.blocks is not None:      # the collector may have cleared it first
             self.region.blocks.setdefault(self.room, []).append(self.offset)

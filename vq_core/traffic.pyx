@@ -256,6 +256,8 @@ cdef class Traffic:
     @property
     def window(self):
         """int: most packets under way in a stream."""
+        if self.traffic.stream_count == 0:
+            raise RuntimeError("there are no streams: the engine was not initialised")
         return self.traffic.streams[0].window
 
 

@@ -40,8 +40,10 @@ for kind in {value for value in values if isinstance(value, type) and value.__mo
         kind(no_such_argument=1)
     except (TypeError, ValueError, OSError):
         pass
-for name in vq.__all__:
-    kind = getattr(vq, name)
+from vq_core.guest_memory import Block
+from vq_core.traffic import Traffic
+
+for kind in [*(getattr(vq, name) for name in vq.__all__), Block, Traffic]:
     if not isinstance(kind, type) or not kind.__module__.startswith("vq_core."):
         continue
     try:
@@ -53,7 +55,7 @@ for name in vq.__all__:
         if not callable(getattr(kind, name)):
             try:
                 getattr(made, name)
-            except (ValueError, AttributeError, NotImplementedError):
+            except (ValueError, AttributeError, NotImplementedError, RuntimeError):
                 pass
 gc.collect()
 after = os.fstat(0)
