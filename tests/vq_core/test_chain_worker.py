@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import vq
-from vq import virtio as v
+from chain_rig import Swallow
 from vq.server import Server
 from vq.testing import Guest
 from vq_core.chain_worker import ChainWorker
@@ -18,42 +17,12 @@ from vq_core.driver import Buffer
 from vq_core.queue import Queue
 from waiting import wait_for
 
-FEATURES = v.mask(
-    v.VIRTIO_F_VERSION_1,
-    v.VIRTIO_F_RING_PACKED,
-    v.VIRTIO_F_INDIRECT_DESC,
-    v.VIRTIO_F_EVENT_IDX,
-    v.VHOST_USER_F_PROTOCOL_FEATURES,
-)
-PROTOCOL = v.mask(v.VHOST_USER_PROTOCOL_F_REPLY_ACK, v.VHOST_USER_PROTOCOL_F_MQ)
 OUTSIDE = 1 << 45  # no memory there
 
 Connect = Callable[..., vq.Frontend]
 pytest_plugins = ["vq.testing.plugin"]
 
 every_layout = pytest.mark.parametrize("layout", ["split", "packed"])
-
-
-class Swallow(vq.HostedDevice):
-    """Two queues, whose requests come back empty."""
-
-    in_order = True
-
-    def __init__(self, kind: type[ChainWorker] = ChainWorker) -> None:
-        self.name = "swallow"
-        self.queues = [Queue(0, "queue0"), Queue(1, "queue1")]
-        self.offer = vq.Offer(FEATURES, PROTOCOL, queue_count=2, queue_num_answer=2)
-        self.worker = kind(self.queues)
-        self.report_fd = self.worker.report_fd
-        self._thread = threading.Thread(target=self.worker.run)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        self.worker.stop()
-        self._thread.join()
-        self.worker.close()
 
 
 @every_layout
@@ -165,14 +134,3 @@ def test_long_chains_end_a_round_early(vq_guest: Callable[..., Guest], layout: s
     now = device.worker.snapshot()
     assert now["answered"] == 32
     assert now["rounds"] - now["empty_rounds"] >= 32 * 1024 // 5120
-
-
-def test_an_answer_that_makes_its_own_room_breaks_its_queue(vq_frontend: Connect, harness: ModuleType) -> None:
-    """Whatever a subclass writes into the exchange: nothing behind the worker's memory goes to the driver."""
-    device = Swallow(harness.Boaster)
-    driver = vq_frontend(device).driver(0, 8)
-    driver.add([b"x"], [1 << 16])
-    driver.kick()
-    # Not by a stop: the worker may obey that before it has looked at the ring.
-    wait_for(lambda: device.worker.snapshot()["refused"] == 1)
-    assert "does not take" in device.queues[0].snapshot()["broken"]
